@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""The `quantization_config` of a saved model: recipe -> JSON, JSON -> recipe, and which linears it covers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from afpq.errors import AfpqError
+from afpq.formats import parse_format
+from afpq.scheme import Recipe, Scheme, default_format
+
+QUANT_METHOD = "afpq"
+VERSION = 1
+
+
+def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
+    """The keys that describe a scheme, in the field's names."""
+    return {
+        "bits": scheme.format.bits,
+        "format": scheme.format.name,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "scale_dtype": scheme.scale_dtype,
+    }
+
+
+def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme:
+    """Scheme of the keys given; missing ones come from `base`, or are the defaults.
+
+    Raises AfpqError for a wrong type, and for `bits` that contradict `format`.
+    """
+    base = base or Scheme(default_format(keys.get("bits") or 4))
+    name, bits = keys.get("format"), keys.get("bits")
+    for key, kind in (("format", str), ("bits", int), ("group_size", int), ("sym", bool), ("scale_dtype", str)):
+        value = keys.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise AfpqError(f"quantization_config: {key} is {value!r}; expected {kind.__name__}")
+    format = parse_format(name) if name else default_format(bits) if bits else base.format
+    if bits and bits != format.bits:
+        raise AfpqError(f"quantization_config: bits {bits} but format {format} has {format.bits}")
+    return Scheme(
+        format,
+        keys["group_size"] if keys.get("group_size") is not None else base.group_size,
+        keys["sym"] if keys.get("sym") is not None else base.sym,
+        keys.get("scale_dtype") or base.scale_dtype,
+    )
+
+
+def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
+    """The quantization_config of a model quantized by `recipe`, where `kept` names every linear left as it was."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        **scheme_to_json(recipe.scheme),
+        "method": recipe.method,
+        "scale_search": recipe.scale_search,
+        "modules_to_not_convert": sorted(kept),
+        "dynamic": {f"+:{pattern}": scheme_to_json(scheme) for pattern, scheme in recipe.overrides},
+    }
+
+
+def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
+    """(recipe without its skips, modules_to_not_convert). Raises AfpqError for what this version cannot read.
+
+    `dynamic` follows GPTQModel: `"+:regex": {keys}` overrides the scheme, `"-:regex": {}` skips.
+    """
+    if keys.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+        raise AfpqError(f"quantization_config: method {keys['quant_method']!r} is not {QUANT_METHOD!r}")
+    version = keys.get("version", VERSION)
+    if version != VERSION:
+        raise AfpqError(f"quantization_config: version {version!r}; this afpq reads {VERSION}. Install a newer afpq")
+    scheme = scheme_from_json(keys)
+    dynamic, names = keys.get("dynamic") or {}, keys.get("modules_to_not_convert") or []
+    if not isinstance(dynamic, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise AfpqError("quantization_config: dynamic must be an object, modules_to_not_convert a list of names")
+    skip = [key.removeprefix("-:") for key in dynamic if key.startswith("-:")]
+    overrides = [
+        (key.removeprefix("+:"), scheme_from_json(value, scheme))
+        for key, value in dynamic.items()
+        if not key.startswith("-:")
+    ]
+    method, search = keys.get("method", "rtn"), keys.get("scale_search", "absmax")
+    return Recipe(scheme, method, search, tuple(skip), tuple(overrides)), names
+
+
+def is_kept(name: str, kept: Iterable[str]) -> bool:
+    """Whether `modules_to_not_convert` names the module: its whole name, a parent, its last parts, or a pattern.
+
+    A name saved with the base model's prefix also matches a model loaded without it, such as AutoModel's.
+    """
+    return any(
+        name == entry
+        or name.startswith(f"{entry}.")
+        or name.endswith(f".{entry}")
+        or entry.endswith(f".{name}")
+        or _matches(entry, name)
+        for entry in kept
+    )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""Quantize a model that is in memory already: its linears become AfpqLinear, one after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from afpq.blocks import find_linears, replace_module
+from afpq.errors import AfpqError
+from afpq.linear import AfpqLinear
+from afpq.pipeline import solve
+from afpq.scheme import Recipe
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Replace the linears inside the model's blocks, in place, as the recipe says; returns the model.
+
+    Raises AfpqError for NaN or Inf weights, and where nothing is left to quantize.
+    """
+    chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
+    if all(scheme is None for _, _, scheme in chosen):
+        raise AfpqError("no linear layer left to quantize; see skip")
+    for name, linear, scheme in chosen:
+        if scheme is not None:
+            solved = solve(f"{name}.weight", linear.weight, scheme, recipe)
+            replace_module(model, name, AfpqLinear.from_weight(solved, linear.bias))
+    return model
+
+
+def model_bits(model: nn.Module) -> float:
+    """True bits per quantized weight of a model in memory; 0 if it has none."""
+    layers = [m for m in model.modules() if isinstance(m, AfpqLinear)]
+    stored = sum(b.nbytes for layer in layers for b in layer._buffers.values() if b is not None)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * stored / weights if weights else 0.0

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""Text -> tokens -> windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afpq.errors import AfpqError
+
+# name -> (hub path, configuration, split, column), joined by blank lines as in the GPTQ papers
+DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
+    "c4": ("allenai/c4", "en", "validation", "text"),
+}
+_C4_TEXTS = 1100  # the GPTQ papers read 256 windows of 2048 tokens; this many texts hold them
+
+
+def read_text(file: str | Path | None, dataset: str | None) -> str:
+    """The text of a UTF-8 file, or of a named dataset (needs `pip install 'afpq[eval]'` and the network).
+
+    Raises AfpqError for neither or both, an unreadable or empty file, an unknown name.
+    """
+    if (file is None) == (dataset is None):
+        raise AfpqError("give either a text file (--text FILE) or a dataset (--dataset NAME)")
+    text = _dataset_text(dataset) if dataset is not None else _file_text(Path(str(file)))
+    if not text.strip():
+        raise AfpqError(f"{file or dataset}: no text in it")
+    return text
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise AfpqError(f"{path}: no such text file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AfpqError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _dataset_text(name: str) -> str:
+    if name not in DATASETS:
+        raise AfpqError(f"dataset {name!r}; known: {', '.join(DATASETS)}; or use --text FILE")
+    try:
+        import datasets
+    except ImportError:
+        raise AfpqError(f"dataset {name!r} needs the datasets package: pip install 'afpq[eval]'") from None
+    path, configuration, split, column = DATASETS[name]
+    try:
+        rows = datasets.load_dataset(path, configuration, split=split, streaming=name == "c4")
+    except Exception as error:  # datasets raises many kinds: no network, moved, gated
+        raise AfpqError(f"dataset {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    texts = [row[column] for row in (rows.take(_C4_TEXTS) if name == "c4" else rows)]
+    return (" " if name == "c4" else "\n\n").join(texts)
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """All text as one stream of token ids, int64 [n]."""
+    ids = tokenizer(text, return_tensors=None, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tensor:
+    """Non-overlapping windows [count, length] from the start; a rest shorter than a window is dropped.
+
+    A text shorter than one window is a single shorter one. `max_tokens` cuts the stream first. Raises AfpqError for
+    fewer than two tokens, of which none could be predicted.
+    """
+    if length < 2:
+        raise AfpqError(f"sequence length {length}: at least 2 are needed to predict a token")
+    tokens = tokens[:max_tokens]
+    if len(tokens) < 2:
+        raise AfpqError(f"text of {len(tokens)} tokens: at least 2 are needed to predict one")
+    length = min(length, len(tokens))
+    return tokens[: len(tokens) // length * length].view(-1, length)

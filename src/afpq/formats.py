@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Code books as data: a format is a name and an ascending list of values; code i stands for values[i].
+
+nf4 and nf3 are the books of AFPQ (arXiv 2311.01792, appendix A), nf4 being bitsandbytes' NF4; nf2 is the same
+construction at two bits (`tests/test_formats.py` rebuilds all three from quantiles of the normal distribution).
+fp4 is E2M1 and fp3 E2M0, without infinities: 15 and 7 values, one code spare.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from afpq.errors import AfpqError
+
+BITS = (2, 3, 4, 8)  # what packing.py can store
+
+
+@dataclass(frozen=True)
+class Format:
+    """A code book: code i stands for `values[i]`; values strictly ascend and lie on both sides of zero.
+
+    `integer` marks evenly spaced books, whose asymmetric form is a scale and a zero point instead of two scales.
+    `name` is the text form and parses back to an equal format (`parse_format`).
+    """
+
+    name: str
+    values: tuple[float, ...]
+    integer: bool = False
+
+    def __post_init__(self) -> None:
+        values = self.values
+        if not all(math.isfinite(v) for v in values) or any(a >= b for a, b in pairwise(values)):
+            raise AfpqError(f"format {self.name}: values must be finite and strictly ascending")
+        if len(values) < 2 or values[0] >= 0 or values[-1] <= 0:
+            raise AfpqError(f"format {self.name}: needs at least one value below and one above zero")
+        if len(values) > 256:
+            raise AfpqError(f"format {self.name}: {len(values)} values; 256 (8 bits) are the most")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored code: the smallest of 2, 3, 4, 8 that can count the values."""
+        return next(bits for bits in BITS if len(self.values) <= 2**bits)
+
+    @property
+    def has_zero(self) -> bool:
+        return 0.0 in self.values
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _integer(bits: int) -> Format:
+    half = 2 ** (bits - 1)
+    return Format(f"int{bits}", tuple(float(v) for v in range(-half, half)), integer=True)
+
+
+def _mirrored(name: str, magnitudes: tuple[float, ...]) -> Format:
+    return Format(name, (*(-m for m in reversed(magnitudes)), 0.0, *magnitudes))
+
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_NF3 = (
+    -1.0, -0.5350227355957031, -0.2469314038753510, 0.0,
+    0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0,
+)  # fmt: skip
+_NF2 = (-1.0, 0.0, 0.4357272093479501, 1.0)
+
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("nf4", _NF4),
+        Format("nf3", _NF3),
+        Format("nf2", _NF2),
+        _mirrored("fp4", (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
+        _mirrored("fp3", (1.0, 2.0, 4.0)),
+        *(_integer(bits) for bits in BITS),
+    )
+}
+
+_CUSTOM = "lut:"
+
+
+def custom_format(values: tuple[float, ...] | list[float]) -> Format:
+    """A format of your own values, sorted here; its name, `lut:v0:v1:...`, carries them exactly.
+
+    Raises AfpqError for duplicates, non-finite or one-sided values, or more than 256 of them.
+    """
+    ordered = tuple(sorted(float(v) + 0.0 for v in values))  # + 0.0 turns -0.0 into 0.0
+    return Format(_CUSTOM + ":".join(repr(v) for v in ordered), ordered)
+
+
+def parse_format(name: str) -> Format:
+    """`nf4`, `fp3`, ... or `lut:-1:-0.3:0:0.4:1` -> Format. Raises AfpqError that lists the known names."""
+    if name in FORMATS:
+        return FORMATS[name]
+    if name.startswith(_CUSTOM):
+        try:
+            return custom_format([float(text) for text in name.removeprefix(_CUSTOM).split(":")])
+        except ValueError:
+            raise AfpqError(f"format {name!r}: values must be numbers separated by ':'") from None
+    raise AfpqError(f"unknown format {name!r}; known: {', '.join(FORMATS)}, or {_CUSTOM}VALUE:VALUE:...")

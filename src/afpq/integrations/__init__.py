@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Thin adapters to other libraries, one file each, imported only when wanted."""

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""The two ops, their shapes for tracing, their gradients; one schema whatever runs it.
+
+afpq::linear      x [..., in], packed weight -> [..., out]
+afpq::dequantize  packed weight -> [out, in]
+
+`scales_neg` is None where one scale serves both signs, `zeros` where there is no zero point. The code book is an
+operand, so one kernel serves every format. Defined by `torch.library.define` and `impl`, which cost a call 2-4 us
+where `custom_op` costs 10.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afpq.kernels import reference
+
+_WEIGHT = "Tensor qweight, Tensor scales, Tensor? scales_neg, Tensor? zeros"
+_BOOK = "float[] codebook, int bits, int group_size"
+
+torch.library.define("afpq::linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_BOOK}) -> Tensor")
+torch.library.define("afpq::dequantize", f"({_WEIGHT}, {_BOOK}, int in_features, ScalarType dtype) -> Tensor")
+torch.library.impl("afpq::linear", "default", reference.linear)
+torch.library.impl("afpq::dequantize", "default", reference.dequantize)
+
+
+def _linear_fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _dequantize_fake(qweight: Tensor, *rest: Any) -> Tensor:
+    in_features, dtype = rest[-2:]
+    return qweight.new_empty((qweight.shape[0], in_features), dtype=dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scales, scales_neg, zeros, bias, *book = inputs
+    ctx.save_for_backward(qweight, scales, scales_neg, zeros)
+    ctx.book, ctx.in_features, ctx.has_bias = book, x.shape[-1], bias is not None
+
+
+def _linear_backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients for x and the bias; the packed weight has none."""
+    grad_x = grad_bias = None
+    if context.needs_input_grad[0]:
+        weight = torch.ops.afpq.dequantize(*context.saved_tensors, *context.book, context.in_features, grad.dtype)
+        grad_x = grad @ weight
+    if context.has_bias and context.needs_input_grad[5]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_fake("afpq::linear", _linear_fake)
+torch.library.register_fake("afpq::dequantize", _dequantize_fake)
+torch.library.register_autograd("afpq::linear", _linear_backward, setup_context=_save_for_backward)
+
+linear = torch.ops.afpq.linear
+dequantize = torch.ops.afpq.dequantize

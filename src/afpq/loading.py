@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Load a model, quantized or not, to run it here; one clear error instead of a library's traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from afpq.errors import AfpqError
+from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
+from afpq.source import open_checkpoint
+
+T = TypeVar("T")
+
+
+def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode: on a GPU in its own dtype, on a CPU in float32.
+
+    The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects.
+    """
+    directory = open_checkpoint(model).directory
+    cuda = torch.cuda.is_available()
+    loaded = _guarded(
+        model,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto" if cuda else torch.float32, trust_remote_code=trust_remote_code
+        ),
+    )
+    return loaded.to("cuda" if cuda else "cpu").eval()
+
+
+def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model. Raises AfpqError if there is none."""
+    directory = open_checkpoint(model).directory
+    return _guarded(model, lambda: AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code))
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens a model was made for, where its config tells."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 1 else None
+
+
+@torch.no_grad()
+def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """Prompt and its greedy continuation."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise AfpqError("the prompt is empty; give at least one character")
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _guarded(model: str | Path, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except AfpqError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+        raise AfpqError(f"{model}: Transformers cannot load it: {' '.join(str(error).split())[:300]}") from None

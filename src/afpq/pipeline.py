@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Run a plan: read a tensor, solve, pack, yield. Holds one tensor at a time, whatever the model's size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from afpq.algorithms import quantize_rtn
+from afpq.errors import AfpqError
+from afpq.groups import QuantizedWeight
+from afpq.packing import to_tensors
+from afpq.plan import Plan, Target, Unit
+from afpq.scheme import Recipe, Scheme
+
+
+@dataclass(frozen=True)
+class LayerLog:
+    """What happened to one layer; a line of afpq_log.jsonl."""
+
+    module: str
+    scheme: str
+    method: str
+    relative_error: float  # sum (w - w_hat)^2 / sum w^2
+    bits_per_weight: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """The output tensors of one unit, one at a time, and the logs of its layers (complete once all are taken)."""
+
+    unit: Unit
+    tensors: Iterator[tuple[str, Tensor]]
+    logs: list[LayerLog]
+
+
+def solve(name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
+    """One weight by the recipe's method. Raises AfpqError that starts with `name`."""
+    try:
+        return quantize_rtn(weight, scheme, recipe.scale_search)
+    except AfpqError as error:
+        raise AfpqError(f"{name}: {error}") from None
+
+
+def run(plan: Plan) -> Iterator[UnitResult]:
+    """Each unit of the plan in order; take its tensors before the next unit."""
+    for unit in plan.units:
+        logs: list[LayerLog] = []
+        yield UnitResult(unit, _unit_tensors(plan, unit, logs), logs)
+
+
+def _unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
+    for name in unit.tensors:
+        tensor, target = plan.checkpoint.read(name), unit.targets.get(name)
+        if target is None:
+            yield name, tensor
+            continue
+        packed, log = _solve_target(tensor, target, plan.recipe)
+        logs.append(log)
+        del tensor
+        for part, value in packed.items():
+            yield target.prefix + part, value
+
+
+def _solve_target(weight: Tensor, target: Target, recipe: Recipe) -> tuple[dict[str, Tensor], LayerLog]:
+    start = time.perf_counter()
+    solved = solve(target.tensor, weight, target.scheme, recipe)
+    error = relative_error(weight, solved)
+    bits = 8 * target.bytes / target.elements
+    seconds = round(time.perf_counter() - start, 4)
+    log = LayerLog(target.module, str(target.scheme), recipe.method, error, bits, seconds)
+    return to_tensors(solved), log
+
+
+def relative_error(weight: Tensor, solved: QuantizedWeight) -> float:
+    """sum (w - w_hat)^2 / sum w^2; 0 for a weight of zeros."""
+    total = weight.float().square().sum().item()
+    return (solved.dequantize() - weight).square().sum().item() / total if total else 0.0

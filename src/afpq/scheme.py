@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""Scheme: how one weight is stored. Recipe: what is done to a whole model. Both are values with a text form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from afpq.errors import AfpqError
+from afpq.formats import BITS, FORMATS, Format, parse_format
+
+SCALE_BITS = {"float16": 16, "float32": 32}  # scale_dtype -> bits of one stored scale
+SCALE_SEARCHES = ("absmax", "mse")
+METHODS = ("rtn",)
+
+_SCHEME = re.compile(r"(?P<format>.+)-(?P<sym>sym|asym)-g(?P<group>-1|\d+)(?:-(?P<scale>float\d+))?")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Format + group size + symmetric or asymmetric; text form `nf3-asym-g128` (`-float32` appended for wide scales).
+
+    `group_size` counts consecutive input weights of one row; -1 is the whole row. Asymmetric means one scale for
+    each sign (AFPQ), or scale and zero point where the format is an integer.
+    """
+
+    format: Format
+    group_size: int = 128
+    sym: bool = False
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 and self.group_size != -1:
+            raise AfpqError(f"group size {self.group_size}: use a positive number, or -1 for one group a row")
+        if self.scale_dtype not in SCALE_BITS:
+            raise AfpqError(f"scale dtype {self.scale_dtype!r}; known: {', '.join(SCALE_BITS)}")
+
+    @property
+    def two_scales(self) -> bool:
+        return not self.sym and not self.format.integer
+
+    @property
+    def zero_point(self) -> bool:
+        return not self.sym and self.format.integer
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row; the last may be shorter."""
+        return -(-in_features // self.span(in_features))
+
+    def span(self, in_features: int) -> int:
+        """Weights in a full group of a row of `in_features`."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def __str__(self) -> str:
+        side = "sym" if self.sym else "asym"
+        tail = "" if self.scale_dtype == "float16" else f"-{self.scale_dtype}"
+        return f"{self.format}-{side}-g{self.group_size}{tail}"
+
+
+def parse_scheme(text: str) -> Scheme:
+    """`nf4-asym-g128` -> Scheme. Raises AfpqError naming what is wrong."""
+    match = _SCHEME.fullmatch(text)
+    if match is None:
+        raise AfpqError(f"scheme {text!r}: expected FORMAT-sym|asym-gSIZE, for example nf4-asym-g128")
+    format = parse_format(match["format"])
+    return Scheme(format, int(match["group"]), match["sym"] == "sym", match["scale"] or "float16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Scheme + solver + what to leave alone (`skip`) or store otherwise (`overrides`).
+
+    Patterns are regular expressions searched in module names, such as `model.layers.0.self_attn.q_proj`; the first
+    override that matches wins. Raises AfpqError for an unknown method or search, or a pattern that does not compile.
+    """
+
+    scheme: Scheme
+    method: str = "rtn"
+    scale_search: str = "absmax"
+    skip: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Scheme], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise AfpqError(f"method {self.method!r}; known: {', '.join(METHODS)}")
+        if self.scale_search not in SCALE_SEARCHES:
+            raise AfpqError(f"scale search {self.scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
+        for pattern in (*self.skip, *(p for p, _ in self.overrides)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AfpqError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+    def scheme_for(self, name: str) -> Scheme | None:
+        """The scheme of the linear called `name`; None if it is skipped."""
+        if any(re.search(pattern, name) for pattern in self.skip):
+            return None
+        return next((s for pattern, s in self.overrides if re.search(pattern, name)), self.scheme)
+
+
+def default_format(bits: int) -> Format:
+    """The normal-float format of `bits`; int8 for 8."""
+    if bits not in BITS:
+        raise AfpqError(f"bits {bits}; possible: {', '.join(map(str, BITS))}")
+    return FORMATS.get(f"nf{bits}", FORMATS["int8"])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Scales found by squared error instead of by the group's extremes (`scale_search="mse"`).
+
+Shrinking a scale clips the largest weight and rounds all others finer. The two sides of a group are independent
+one-dimensional problems, so each is scanned over the same ratios of its absmax scale, and the winner is refined by
+alternating codes and the closed-form best scale for those codes (least squares).
+
+Every group is sorted once and its running sums kept. All weights between two neighbouring boundaries take the same
+level v, so the error of a candidate, sum h (w - v)^2, is read off the running sums of h and h w at the boundaries:
+sum h w^2 (the same for all candidates, left out) + sum over levels of v^2 sum h - 2 v sum h w.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afpq.groups import GroupScales, extremes, parts, scales_from_range, side_midpoints, stored
+from afpq.scheme import Scheme
+
+RATIOS = tuple(0.44 + 0.035 * step for step in range(20))  # of the absmax scale: 0.44 .. 1.105
+REFINEMENTS = 2
+
+
+def search_scales(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> GroupScales:
+    """float32 [rows, in] -> scales [rows, groups] of least sum of importance * (w - w_hat)^2.
+
+    `importance`, float [in] >= 0, is usually the activations' second moment; None weighs all columns equally. The
+    error exceeds that of `fit_scales` by float32 rounding at most. Raises AfpqError as `fit_scales` does.
+    """
+    low, high = extremes(weight, scheme)
+    found = []
+    for columns, groups, length in parts(weight.shape[-1], scheme.span(weight.shape[-1])):
+        x = weight[:, columns].unflatten(-1, (-1, length))
+        h = None if importance is None else importance[columns].view(-1, length)
+        found.append(_Search(x, h, scheme).run(low[:, groups, None], high[:, groups, None]))
+    pos = torch.cat([s.pos for s in found], 1).squeeze(-1)
+    neg = torch.cat([s.neg for s in found], 1).squeeze(-1) if scheme.two_scales else pos
+    zero = torch.cat([s.zero for s in found if s.zero is not None], 1).squeeze(-1) if scheme.zero_point else None
+    return GroupScales(pos, neg, zero)
+
+
+class _Search:
+    """Search over groups x [rows, groups, length]; scales here are [rows, groups, 1]."""
+
+    def __init__(self, x: Tensor, importance: Tensor | None, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.sorted, order = x.sort(-1)
+        weight = torch.ones(x.shape) if importance is None else importance.expand(x.shape).gather(-1, order)
+        # float64: the sums at two boundaries are subtracted, and a group may be a row of thousands
+        self.h = torch.nn.functional.pad(weight.double().cumsum(-1), (1, 0))
+        self.hw = torch.nn.functional.pad((weight.double() * self.sorted).cumsum(-1), (1, 0))
+
+        # The book's levels and the boundaries between them; a boundary at 0 parts the two sides.
+        book = scheme.format.values
+        below, above = [v for v in book if v < 0], [v for v in book if v > 0]
+        if scheme.format.has_zero:
+            below, above = [*below, 0.0], [0.0, *above]
+        middles = side_midpoints(scheme.format)
+        self.split = len(below)
+        self.levels = torch.tensor(below + above, device=x.device)
+        self.boundaries = torch.tensor([*middles[0], 0.0, *middles[1]], device=x.device)
+        self.codes = torch.tensor(book, device=x.device)
+
+    def run(self, low: Tensor, high: Tensor) -> GroupScales:
+        self.best = scales_from_range(low, high, self.scheme)
+        self.error = self._errors(self.best)
+        for ratio in RATIOS:
+            self._consider(scales_from_range(low * ratio, high * ratio, self.scheme))
+        for _ in range(REFINEMENTS):
+            self._consider(self._least_squares())
+        return self.best
+
+    def _units(self, scales: GroupScales) -> tuple[Tensor, Tensor]:
+        """Levels and boundaries before scaling: shifted by each group's zero point where there is one."""
+        if scales.zero is None:
+            return self.levels, self.boundaries
+        shift = self.codes[scales.zero.int()]
+        return self.levels - shift, self.boundaries - shift
+
+    def _moments(self, scales: GroupScales) -> tuple[Tensor, Tensor]:
+        """sum h and sum h w of the weights that take each level: [rows, groups, levels]."""
+        _, boundaries = self._units(scales)
+        # The sign of the unshifted boundary tells its side; with a zero point both scales are one.
+        scale = torch.where(self.boundaries < 0, scales.neg.float(), scales.pos.float())
+        index = torch.searchsorted(self.sorted, (boundaries * scale).contiguous(), right=True)
+
+        def between(sums: Tensor) -> Tensor:
+            at = sums.gather(-1, index)
+            return torch.cat([at, sums[..., -1:]], -1).diff(dim=-1, prepend=torch.zeros_like(at[..., :1]))
+
+        return between(self.h), between(self.hw)
+
+    def _sides(self, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the levels of the positive and of the negative side; over all levels where there is one scale."""
+        if not self.scheme.two_scales:
+            total = terms.sum(-1, keepdim=True)
+            return total, total
+        return terms[..., self.split :].sum(-1, keepdim=True), terms[..., : self.split].sum(-1, keepdim=True)
+
+    def _scaled_levels(self, scales: GroupScales) -> Tensor:
+        units, _ = self._units(scales)
+        return units * torch.where(self.levels < 0, scales.neg.float(), scales.pos.float())
+
+    def _errors(self, scales: GroupScales) -> tuple[Tensor, Tensor]:
+        h, hw = self._moments(scales)
+        level = self._scaled_levels(scales)
+        return self._sides(level * (level * h - 2 * hw))
+
+    def _consider(self, new: GroupScales) -> None:
+        """Keep the better of `new` and the best so far, each side for itself."""
+        best, error, new_error = self.best, self.error, self._errors(new)
+        better = [n < e for n, e in zip(new_error, error)]
+        pos = torch.where(better[0], new.pos, best.pos)
+        neg = torch.where(better[1], new.neg, best.neg) if self.scheme.two_scales else pos
+        zero = None
+        if best.zero is not None and new.zero is not None:
+            zero = torch.where(better[0], new.zero, best.zero)
+        self.best = GroupScales(pos, neg, zero)
+        self.error = torch.minimum(new_error[0], error[0]), torch.minimum(new_error[1], error[1])
+
+    def _least_squares(self) -> GroupScales:
+        """With the codes of the best scales kept, the scale of least error is sum(h u w) / sum(h u u)."""
+        best, scheme = self.best, self.scheme
+        h, hw = self._moments(best)
+        unit, _ = self._units(best)
+        above, below = self._sides(unit * hw), self._sides(unit * unit * h)
+
+        def scale(side: int, old: Tensor) -> Tensor:
+            new = (above[side] / below[side]).float()
+            return stored(torch.where(torch.isfinite(new) & (new > 0), new, old.float()), scheme)
+
+        pos = scale(0, best.pos)
+        return GroupScales(pos, scale(1, best.neg) if scheme.two_scales else pos, best.zero)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Read a Hugging Face checkpoint lazily: headers first, then one tensor at a time. safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from afpq.errors import AfpqError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Copied beside the weights: everything small that is not the weights, their index or the config.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*")
+
+# safetensors dtype -> torch dtype, for what a checkpoint may hold besides the weights to be quantized
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor, and the file it is in."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * self.elements
+
+    @property
+    def elements(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with config.json and safetensors; `tensors` in the order of the files."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
+        info = self.tensors[name]
+        try:
+            with safe_open(info.file, "pt") as file:
+                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        except (OSError, SafetensorError) as error:
+            raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
+
+    def companions(self) -> Iterator[Path]:
+        """Tokenizer, generation config, chat template, licence: files to copy beside new weights."""
+        for pattern in COMPANIONS:
+            for path in sorted(self.directory.glob(pattern)):
+                if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+                    yield path
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """A directory, or the id of a repository on the hub (downloaded to its cache) -> Checkpoint.
+
+    Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, or
+    weights that are not safetensors.
+    """
+    directory = _locate(model)
+    config = read_json(directory / "config.json")
+    if (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise AfpqError(f"{directory / INDEX}: no weight_map in it")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    elif (directory / WEIGHTS).exists():
+        files, weight_map = [directory / WEIGHTS], {}
+    else:
+        raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= tensor_headers(file)
+    missing = next((name for name in weight_map if name not in tensors), None)
+    if missing is not None:
+        raise AfpqError(f"{directory / weight_map[missing]}: tensor {missing} is listed in {INDEX} but not there")
+    return Checkpoint(directory, config, tensors)
+
+
+def _locate(model: str | Path) -> Path:
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise AfpqError(f"{model}: is a file; give the directory that holds config.json")
+    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise AfpqError(f"{model}: no such directory")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *COMPANIONS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AfpqError(f"{model}: no such directory, and not to be had from the hub: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises AfpqError if it is missing or is something else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise AfpqError(f"{path}: missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AfpqError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise AfpqError(f"{path}: expected a JSON object")
+    return value
+
+
+def find_tensor(tensors: Mapping[str, TensorInfo], name: str, base: str) -> str | None:
+    """The checkpoint's name of the model's tensor `name`; they may differ by the base model's prefix `base`."""
+    return next((n for n in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if n in tensors), None)
+
+
+def require_tensor(
+    tensors: Mapping[str, TensorInfo], name: str, base: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> str:
+    """As `find_tensor`; raises AfpqError if it is not there, or has another dtype or shape."""
+    found = find_tensor(tensors, name, base)
+    if found is None:
+        raise AfpqError(f"tensor {name} is not in the checkpoint; its files or its config are incomplete")
+    info = tensors[found]
+    if (info.dtype, info.shape) != (dtype, shape):
+        raise AfpqError(f"{info.file}: tensor {found} is {info.dtype} {info.shape}; the config needs {dtype} {shape}")
+    return found
+
+
+def tensor_headers(file: Path) -> dict[str, TensorInfo]:
+    """Name -> what the header says, of one safetensors file. Raises AfpqError if it is missing or not whole."""
+    if not file.exists():
+        raise AfpqError(f"{file}: missing shard")
+    tensors = {}
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                piece = opened.get_slice(name)
+                dtype = DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise AfpqError(f"{file}: tensor {name} has dtype {piece.get_dtype()}, which is not supported")
+                tensors[name] = TensorInfo(dtype, tuple(piece.get_shape()), file)
+    except (OSError, SafetensorError) as error:
+        raise AfpqError(f"{file}: not a whole safetensors file: {error}") from None
+    return tensors
