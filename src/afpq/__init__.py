@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: MIT
 """afpq: 3- and 4-bit weights with a scale for each sign. Importing it registers the Transformers plug-in."""
 
-from afpq.api import plan_quantization, quantize
+from afpq.api import CalibrationSettings, quantize
 from afpq.errors import AfpqError
 from afpq.formats import Format, custom_format, parse_format
 from afpq.groups import QuantizedWeight
 from afpq.integrations.transformers import AfpqConfig
 from afpq.linear import AfpqLinear
-from afpq.scheme import Recipe, Scheme, parse_scheme
+from afpq.scheme import GptqOptions, Recipe, Scheme, parse_scheme
 from afpq.version import __version__
 
 __all__ = [
     "AfpqConfig",
     "AfpqError",
     "AfpqLinear",
+    "CalibrationSettings",
     "Format",
+    "GptqOptions",
     "QuantizedWeight",
     "Recipe",
     "Scheme",
@@ -22,6 +24,5 @@ __all__ = [
     "custom_format",
     "parse_format",
     "parse_scheme",
-    "plan_quantization",
     "quantize",
 ]

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Write a stream of tensors as a Hugging Face directory that appears only when it is complete.
+"""Write a stream of tensors as sharded safetensors, in place.
 
 All names, dtypes and shapes are known beforehand (`Plan.outputs`), so every shard's header is written first and each
-tensor goes straight to its place in the file: no shard is ever held in memory. Work happens in OUT.partial, which
-has no config.json until the end and is renamed last.
+tensor goes straight to its place in the file: no shard is ever held in memory, and a writer can go on where another
+was killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,8 +41,12 @@ class ShardWriter:
     writes the index. `write` raises AfpqError for a tensor that differs from its announcement.
     """
 
-    def __init__(self, directory: Path, outputs: dict[str, Spec], max_shard: int = MAX_SHARD) -> None:
+    def __init__(
+        self, directory: Path, outputs: dict[str, Spec], max_shard: int = MAX_SHARD, written: Iterable[str] = ()
+    ) -> None:
+        """`written` names tensors that an earlier writer of the same outputs has put there; its files are kept."""
         self.directory, self.outputs = directory, outputs
+        written = set(written)
         shards = _split(outputs, max_shard)
         count = len(shards)
         self.names = (
@@ -52,11 +54,11 @@ class ShardWriter:
         )
         self.files: list[BinaryIO] = []
         self.places: dict[str, _Place] = {}
-        self.missing = set(outputs)
+        self.missing = set(outputs) - written
         for index, members in enumerate(shards):
-            self._lay_out(index, members)
+            self._lay_out(index, members, "r+b" if written else "wb")
 
-    def _lay_out(self, index: int, members: dict[str, Spec]) -> None:
+    def _lay_out(self, index: int, members: dict[str, Spec], mode: str) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         begin, ends = 0, {}
         for name, (dtype, shape) in members.items():
@@ -65,7 +67,7 @@ class ShardWriter:
             begin = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format wants the data aligned
-        file = open(self.directory / self.names[index], "wb")  # noqa: SIM115  (closed in __exit__)
+        file: BinaryIO = open(self.directory / self.names[index], mode)  # type: ignore[assignment]  # noqa: SIM115  (closed in __exit__)
         self.files.append(file)
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + begin)
@@ -83,17 +85,23 @@ class ShardWriter:
         file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.missing.discard(name)
 
+    def sync(self) -> None:
+        """What was written so far survives the end of this process, and of the machine."""
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for file in self.files:
+        try:
             if error is None:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
-        if error is None:
-            self._finish()
+                self.sync()
+                self._finish()
+        finally:
+            for file in self.files:
+                file.close()
 
     def _finish(self) -> None:
         if self.missing:
@@ -120,30 +128,3 @@ def _split(outputs: dict[str, Spec], max_shard: int) -> list[dict[str, Spec]]:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-@contextmanager
-def atomic_directory(out: Path, expected_bytes: int) -> Iterator[Path]:
-    """Yields OUT.partial to fill; renames it to OUT at the end, or removes it if anything goes wrong.
-
-    Raises AfpqError where OUT exists already, where the disk is too small for `expected_bytes`, and for any
-    failure to write.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AfpqError(f"{out}: exists already; remove it or choose another place")
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < expected_bytes:
-            raise AfpqError(f"{out}: needs {expected_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free")
-        yield partial
-        os.replace(partial, out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise AfpqError(f"{out}: cannot write: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

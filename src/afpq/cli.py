@@ -6,17 +6,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from afpq.console import (
+    console,
+    errors,
+    plan_json,
+    print_estimate,
+    print_plan,
+    progress_bar,
+    quiet_transformers,
+    save_json,
+    size_text,
+)
 from afpq.errors import AfpqError
 
 app = typer.Typer(
@@ -25,8 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 
 ModelArgument = Annotated[str, typer.Argument(help="A directory, or the id of a model on the hub.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
@@ -45,7 +50,7 @@ def demo(
     from afpq.demo import run_demo
     from afpq.report import HEADER, cells, write_report
 
-    with _progress("float16") as advance:
+    with quiet_transformers(), progress_bar("float16") as advance:
         rows = run_demo(progress=advance)
     title = "One scale against two, round-to-nearest"
     table = Table(*HEADER, title=title)
@@ -71,65 +76,61 @@ def demo(
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The directory to create.")],
-    format: Annotated[
-        str, typer.Option(help="nf4 nf3 nf2 fp4 fp3 int2 int3 int4 int8, or lut:VALUE:VALUE:...")
-    ] = "nf4",
+    format: Annotated[str, typer.Option(help="nf2-4, fp3-4, int2-4, int8, or lut:VALUE:VALUE:...")] = "nf4",
     group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
-    method: Annotated[str, typer.Option(help="rtn")] = "rtn",
-    scale_search: Annotated[str, typer.Option(help="absmax (the paper's) or mse (least squared error).")] = "absmax",
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Leave linears whose name this regex finds. Repeatable.")
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq or awq+gptq; all but rtn need text.")] = "rtn",
+    scale_search: Annotated[
+        str | None, typer.Option(help="absmax (the paper's; default of rtn) or mse (least squared error).")
     ] = None,
-    override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as '.*down_proj=nf4-asym-g64'.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    text: TextOption = None,
+    dataset: DatasetOption = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave linears whose name matches this regex.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as 'down_proj=nf4-asym-g64'.")] = None,
+    damp: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to the Hessian.")] = 0.01,
+    order: Annotated[str, typer.Option(help="GPTQ: order of the columns: group, act or none.")] = "group",
+    sweeps: Annotated[int, typer.Option(help="GPTQ: rounds of coordinate descent afterwards.")] = 3,
+    float_target: Annotated[
+        bool, typer.Option("--float-target/--no-float-target", help="GPTQ: aim at the float model's outputs.")
+    ] = True,
+    sequential: Annotated[
+        bool, typer.Option("--sequential/--no-sequential", help="GPTQ: quantize a block's layers one after the other.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Quantize a checkpoint into a new directory, holding one tensor at a time."""
-    from afpq.api import execute, plan_quantization
+    """Quantize a checkpoint into a new directory, a block at a time."""
+    from afpq.api import CalibrationSettings, execute, prepare
+    from afpq.data import read_text
+    from afpq.estimate import estimate
     from afpq.formats import parse_format
-    from afpq.scheme import Recipe, Scheme
+    from afpq.scheme import GptqOptions, Recipe, Scheme
 
-    scheme = Scheme(parse_format(format), group_size, sym)
-    overrides = tuple(_parse_override(text) for text in override or [])
-    recipe = Recipe(scheme, method, scale_search, tuple(skip or ()), overrides)
-    with _quiet_transformers():
-        plan = plan_quantization(model, recipe, trust_remote_code)
-        if not dry_run:
-            with _progress("start") as advance:
-                execute(plan, out, advance)
-    _print_plan(plan, "would write" if dry_run else "wrote", out)
-    _write_json(json, _plan_json(plan))
-
-
-def _print_plan(plan: Any, verb: str, out: Path) -> None:
-    console.print(
-        f"{verb} {out}: {_bytes(plan.output_bytes)} (was {_bytes(plan.input_bytes)}), "
-        f"{len(plan.targets)} linears as {plan.recipe.scheme} by {plan.recipe.method}, "
-        f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
-        f"{100 * plan.coverage:.1f} % of the blocks' weights quantized"
+    recipe = Recipe(
+        Scheme(parse_format(format), group_size, sym),
+        method,
+        scale_search,
+        tuple(skip or ()),
+        tuple(_parse_override(pair) for pair in override or []),
+        GptqOptions(damp, order, sweeps, float_target, sequential),
     )
-    if plan.kept:
-        console.print(f"left as they were: {', '.join(plan.kept[:8])}{' ...' if len(plan.kept) > 8 else ''}")
-    if plan.coverage < 0.95:
-        errors.print(
-            f"warning: only {100 * plan.coverage:.1f} % of the blocks' weights are linear layers that were quantized",
-            style="yellow",
-        )
-
-
-def _plan_json(plan: Any) -> dict[str, Any]:
-    return {
-        "scheme": str(plan.recipe.scheme),
-        "method": plan.recipe.method,
-        "bits_per_weight": plan.bits_per_weight,
-        "coverage": plan.coverage,
-        "output_bytes": plan.output_bytes,
-        "input_bytes": plan.input_bytes,
-        "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
-        "kept": list(plan.kept),
-    }
+    settings = CalibrationSettings(samples, seq_len, seed, device)
+    content = read_text(text, dataset) if text is not None or dataset is not None else None
+    with quiet_transformers():
+        job = prepare(model, recipe, text=content, settings=settings, trust_remote_code=trust_remote_code)
+        if not dry_run:
+            with progress_bar("start") as advance:
+                execute(job, out, resume=resume, progress=advance)
+    print_plan(job, "would write" if dry_run else "wrote", out)
+    if dry_run:
+        print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
+    save_json(json, plan_json(job.plan))
 
 
 @app.command("eval")
@@ -149,19 +150,19 @@ def evaluate_command(
     from afpq.loading import context_length, load_model, load_tokenizer
 
     content = read_text(text, dataset)
-    with _quiet_transformers():
+    with quiet_transformers():
         loaded = load_model(model, trust_remote_code)
         length = min(seq_len, context_length(loaded) or seq_len)
         token_windows = windows(tokenize(load_tokenizer(model, trust_remote_code), content), length, max_tokens)
         other = None if reference is None else logits_of(load_model(reference, trust_remote_code), token_windows)
-        with _progress("windows") as advance:
+        with progress_bar("windows") as advance:
             result = evaluate(loaded, token_windows, other, lambda done, total: advance("windows", done, total))
     console.print(f"perplexity      {result.perplexity:.4f} ± {result.standard_error:.4f}")
     console.print(f"tokens          {result.tokens:,} predicted, windows of {token_windows.shape[1]}")
     if result.kl_divergence is not None:
         console.print(f"KL divergence   {result.kl_divergence:.6f} ± {result.kl_standard_error:.6f} nats per token")
         console.print(f"top-1 agreement {100 * (result.top1_agreement or 0):.2f} %")
-    _write_json(json, result.to_json())
+    save_json(json, result.to_json())
 
 
 @app.command()
@@ -169,7 +170,7 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
     """True bits per weight, coverage and sizes of a checkpoint, from its headers."""
     from afpq.info import model_info
 
-    with _quiet_transformers():
+    with quiet_transformers():
         result = model_info(model, trust_remote_code)
     keys = result.quantization_config
     console.print(f"model           {model}")
@@ -181,8 +182,8 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
     console.print(f"bits per weight {result.bits_per_weight:.4f}")
     console.print(f"coverage        {100 * result.coverage:.2f} % of the blocks' weights")
     console.print(f"parameters      {result.quantized_parameters:,} quantized of {result.total_parameters:,}")
-    console.print(f"files           {_bytes(result.file_bytes)}")
-    _write_json(json, result.to_json())
+    console.print(f"files           {size_text(result.file_bytes)}")
+    save_json(json, result.to_json())
 
 
 @app.command()
@@ -195,7 +196,7 @@ def generate(
     """Continue a text, greedily."""
     from afpq.loading import generate_text, load_model, load_tokenizer
 
-    with _quiet_transformers():
+    with quiet_transformers():
         loaded, tokenizer = load_model(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
         text = generate_text(loaded, tokenizer, prompt, max_new_tokens)
     console.print(text, markup=False, soft_wrap=True)
@@ -208,46 +209,6 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not separator or not pattern:
         raise AfpqError(f"override {text!r}: expected REGEX=SCHEME, for example '.*down_proj=nf4-asym-g64'")
     return pattern, parse_scheme(scheme)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    from afpq.checkpoint import write_json
-
-    if path is not None:
-        try:
-            write_json(path, value)
-        except OSError as error:
-            raise AfpqError(f"{path}: cannot write: {error.strerror or error}") from None
-
-
-@contextmanager
-def _progress(first: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left, on standard error; nothing where that is no terminal."""
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(first, total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Our own output says what matters; Transformers' progress bars would only come between."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
@@ -263,7 +224,7 @@ def main() -> None:
     except AfpqError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("afpq: stopped; nothing was written")
+        errors.print("afpq: stopped; the same command goes on from the last finished block")
         sys.exit(130)
     except Exception as error:  # Click's own errors, whichever copy of Click Typer brings
         if not hasattr(error, "format_message"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from afpq.errors import AfpqError
 from afpq.formats import parse_format
-from afpq.scheme import Recipe, Scheme, default_format
+from afpq.scheme import METHODS, Recipe, Scheme, default_format
 
 QUANT_METHOD = "afpq"
 VERSION = 1
@@ -55,9 +55,22 @@ def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
         "version": VERSION,
         **scheme_to_json(recipe.scheme),
         "method": recipe.method,
-        "scale_search": recipe.scale_search,
+        "scale_search": recipe.search,
+        **(_gptq_keys(recipe) if METHODS[recipe.method].solver == "gptq" else {}),
         "modules_to_not_convert": sorted(kept),
         "dynamic": {f"+:{pattern}": scheme_to_json(scheme) for pattern, scheme in recipe.overrides},
+    }
+
+
+def _gptq_keys(recipe: Recipe) -> dict[str, Any]:
+    """How the codes were found, for the record: nothing of it is needed to load them."""
+    options = recipe.gptq
+    return {
+        "damp_percent": options.damp,
+        "order": options.order,
+        "sweeps": options.sweeps,
+        "float_target": options.float_target,
+        "true_sequential": options.sequential,
     }
 
 
@@ -81,7 +94,7 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
         for key, value in dynamic.items()
         if not key.startswith("-:")
     ]
-    method, search = keys.get("method", "rtn"), keys.get("scale_search", "absmax")
+    method, search = keys.get("method", "rtn"), keys.get("scale_search")
     return Recipe(scheme, method, search, tuple(skip), tuple(overrides)), names
 
 

@@ -77,3 +77,17 @@ def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tenso
         raise AfpqError(f"text of {len(tokens)} tokens: at least 2 are needed to predict one")
     length = min(length, len(tokens))
     return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def sample_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """`count` random windows [count, length] of the stream, the same for the same seed.
+
+    A text of fewer than `length` tokens gives a single window of all of it. Raises AfpqError for fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise AfpqError(f"calibration text of {len(tokens)} tokens: at least 2 are needed, and thousands are better")
+    if len(tokens) <= length:
+        return tokens[None]
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
+    return torch.stack([tokens[start : start + length] for start in starts.tolist()])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,17 +20,26 @@ from afpq.scheme import Recipe, Scheme
 
 @dataclass(frozen=True)
 class LayerLog:
-    """What happened to one layer; a line of afpq_log.jsonl."""
+    """What happened to one layer; a line of afpq_log.jsonl.
+
+    Errors are relative: of the weights, sum (w - w_hat)^2 / sum w^2; with calibration also of the layer's outputs, by
+    rounding to nearest ("before") and by the method used. `note` tells why a layer was treated otherwise.
+    """
 
     module: str
     scheme: str
     method: str
-    relative_error: float  # sum (w - w_hat)^2 / sum w^2
+    weight_error: float
     bits_per_weight: float
     seconds: float
+    output_error_before: float | None = None
+    output_error: float | None = None
+    damp: float | None = None
+    tokens: int | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -45,19 +54,20 @@ class UnitResult:
 def solve(name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
     """One weight by the recipe's method. Raises AfpqError that starts with `name`."""
     try:
-        return quantize_rtn(weight, scheme, recipe.scale_search)
+        return quantize_rtn(weight, scheme, recipe.search)
     except AfpqError as error:
         raise AfpqError(f"{name}: {error}") from None
 
 
-def run(plan: Plan) -> Iterator[UnitResult]:
-    """Each unit of the plan in order; take its tensors before the next unit."""
+def run(plan: Plan, finished: Container[str] = ()) -> Iterator[UnitResult]:
+    """Each unit of the plan in order, but for the finished ones, rounded to nearest. Take its tensors at once."""
     for unit in plan.units:
-        logs: list[LayerLog] = []
-        yield UnitResult(unit, _unit_tensors(plan, unit, logs), logs)
+        if unit.name not in finished:
+            logs: list[LayerLog] = []
+            yield UnitResult(unit, unit_tensors(plan, unit, logs), logs)
 
 
-def _unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
+def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
     for name in unit.tensors:
         tensor, target = plan.checkpoint.read(name), unit.targets.get(name)
         if target is None:

@@ -62,6 +62,7 @@ class Plan:
     recipe: Recipe
     units: tuple[Unit, ...]
     kept: tuple[str, ...]  # names of the linears left as they are
+    names: dict[str, str]  # name of a tensor in the model -> in the checkpoint
 
     @property
     def targets(self) -> list[Target]:
@@ -69,16 +70,19 @@ class Plan:
 
     def outputs(self) -> dict[str, Spec]:
         """Name -> (dtype, shape) of every tensor of the output, in order."""
+        return {name: spec for unit in self.units for name, spec in self.unit_outputs(unit).items()}
+
+    def unit_outputs(self, unit: Unit) -> dict[str, Spec]:
+        """The same of one unit."""
         tensors: dict[str, Spec] = {}
-        for unit in self.units:
-            for name in unit.tensors:
-                target = unit.targets.get(name)
-                if target is None:
-                    info = self.checkpoint.tensors[name]
-                    tensors[name] = (info.dtype, info.shape)
-                else:
-                    parts = layout(target.scheme, *target.shape)
-                    tensors |= {target.prefix + part: spec for part, spec in parts.items()}
+        for name in unit.tensors:
+            target = unit.targets.get(name)
+            if target is None:
+                info = self.checkpoint.tensors[name]
+                tensors[name] = (info.dtype, info.shape)
+            else:
+                parts = layout(target.scheme, *target.shape)
+                tensors |= {target.prefix + part: spec for part, spec in parts.items()}
         return tensors
 
     @property
@@ -127,7 +131,7 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
             kept.discard(module)
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
-    return Plan(checkpoint, recipe, _units(checkpoint, model, names, targets), tuple(sorted(kept)))
+    return Plan(checkpoint, recipe, _units(checkpoint, model, names, targets), tuple(sorted(kept)), names)
 
 
 def _target(checkpoint: Checkpoint, module: str, linear: nn.Linear, tensor: str, scheme: Scheme) -> Target:

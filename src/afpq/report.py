@@ -76,7 +76,7 @@ def plot_symmetric_against_asymmetric(rows: Sequence[Row], title: str, path: Pat
     axes = figure.subplots(1, max(1, len(widths)), squeeze=False)[0]
     for axis, bits in zip(axes, widths):
         _panel(axis, bits, [(m["format"], m["sym"], row) for m, row in found if m["bits"] == bits])
-    axes[0].set_ylabel("KL to the original model, nats x 1000 (lower is better)")
+    axes[0].set_ylabel("KL x 1000 (lower is better)")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     return path

@@ -11,7 +11,27 @@ from afpq.formats import BITS, FORMATS, Format, parse_format
 
 SCALE_BITS = {"float16": 16, "float32": 32}  # scale_dtype -> bits of one stored scale
 SCALE_SEARCHES = ("absmax", "mse")
-METHODS = ("rtn",)
+ORDERS = ("group", "act", "none")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How codes are found: by which solver, after which transform; calibrated ones need text."""
+
+    solver: str
+    transform: str | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.solver != "rtn" or self.transform is not None
+
+
+METHODS = {
+    "rtn": Method("rtn"),
+    "gptq": Method("gptq"),
+    "awq": Method("rtn", "awq"),
+    "awq+gptq": Method("gptq", "awq"),
+}
 
 _SCHEME = re.compile(r"(?P<format>.+)-(?P<sym>sym|asym)-g(?P<group>-1|\d+)(?:-(?P<scale>float\d+))?")
 
@@ -67,6 +87,27 @@ def parse_scheme(text: str) -> Scheme:
 
 
 @dataclass(frozen=True)
+class GptqOptions:
+    """`damp`: share of the Hessian's mean diagonal added to it. `order` of the columns: "group" (whole groups by
+    importance, columns by importance inside), "act" (all columns, scales fixed beforehand) or "none". `sweeps` of
+    coordinate descent afterwards. `float_target`: aim at the float model's outputs instead of repeating the errors of
+    earlier layers. `sequential`: a layer sees the quantized layers before it inside its block too.
+    """
+
+    damp: float = 0.01
+    order: str = "group"
+    sweeps: int = 3
+    float_target: bool = True
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise AfpqError(f"order {self.order!r}; known: {', '.join(ORDERS)}")
+        if not 0 < self.damp < 1 or self.sweeps < 0:
+            raise AfpqError(f"damp {self.damp} must lie between 0 and 1, sweeps {self.sweeps} must not be negative")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Scheme + solver + what to leave alone (`skip`) or store otherwise (`overrides`).
 
@@ -76,20 +117,26 @@ class Recipe:
 
     scheme: Scheme
     method: str = "rtn"
-    scale_search: str = "absmax"
+    scale_search: str | None = None  # absmax for plain rtn, as in the paper; mse where there is data
     skip: tuple[str, ...] = ()
-    overrides: tuple[tuple[str, Scheme], ...] = field(default=())
+    overrides: tuple[tuple[str, Scheme], ...] = ()
+    gptq: GptqOptions = field(default_factory=GptqOptions)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AfpqError(f"method {self.method!r}; known: {', '.join(METHODS)}")
-        if self.scale_search not in SCALE_SEARCHES:
+        if self.search not in SCALE_SEARCHES:
             raise AfpqError(f"scale search {self.scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
         for pattern in (*self.skip, *(p for p, _ in self.overrides)):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise AfpqError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def search(self) -> str:
+        """The scale search, the method's default if none was named."""
+        return self.scale_search or ("mse" if METHODS[self.method].calibrated else "absmax")
 
     def scheme_for(self, name: str) -> Scheme | None:
         """The scheme of the linear called `name`; None if it is skipped."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Solvers: (float32 weight [out, in], scheme, ...) -> QuantizedWeight. Tensors in, tensors out, never a module."""
+"""Solvers: (weight [out, in], statistics, scheme) -> QuantizedWeight. Tensors in, tensors out, never a module."""
 
+from afpq.algorithms.correction import toward_float_outputs
+from afpq.algorithms.gptq import SingularHessian, quantize_gptq
 from afpq.algorithms.rtn import quantize_rtn
 
-__all__ = ["quantize_rtn"]
+__all__ = ["SingularHessian", "quantize_gptq", "quantize_rtn", "toward_float_outputs"]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""GPTQ (arXiv 2210.17323) for code books with two scales: round column by column, push each error to the right.
+
+Names are the papers': W the weight [out, in], H = X^T X the inputs' second moment, Hinv its damped inverse with upper
+Cholesky factor U (Hinv = U^T U). What is done beyond the original:
+
+- scales of a group are fitted when its turn comes, from weights already corrected (the original reads stale ones);
+- the order goes by importance, H's diagonal: whole groups first to last and columns inside a group ("group"), so that
+  groups stay contiguous and no index is saved; "act" orders all columns and fixes the scales beforehand;
+- sweeps of coordinate descent follow, over codes and scales, on the same loss tr((Q-W) H (Q-W)^T): see `descent.py`;
+- H that is not positive definite is damped more until it is, and one that cannot be is an error the caller handles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afpq.algorithms.descent import descend
+from afpq.errors import AfpqError
+from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups, fit_scales
+from afpq.scheme import GptqOptions, Scheme
+from afpq.search import search_scales
+
+BLOCK = 128  # columns corrected one by one before the rest of the matrix is, in one product
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Damped H, its U (see above), and the damping it took."""
+
+    H: Tensor
+    U: Tensor
+    damp: float
+
+
+class SingularHessian(AfpqError):
+    """H holds NaN or Inf, or no damping makes it positive definite: there is nothing to learn from the inputs."""
+
+
+def factorize(H: Tensor, damp: float, order: Tensor | None = None) -> Factor:
+    """H [in, in] -> its factor with rows and columns in `order`, float32.
+
+    Damping grows tenfold, up to the mean diagonal itself, until Cholesky succeeds. A dead input (zero diagonal)
+    counts as independent of all others: its column is rounded to nearest. U comes from one Cholesky and one
+    triangular inverse: with P the reversal, PHP = LL^T gives H = RR^T, R = PLP upper, so Hinv = U^T U for U = R^-1.
+    Raises SingularHessian.
+    """
+    diagonal = H.diagonal()
+    mean = diagonal.mean()
+    if not bool(torch.isfinite(H).all()) or not mean > 0:
+        raise SingularHessian("the layer's inputs are zero, NaN or Inf")
+    H = H.float().clone() if order is None else H.float()[order][:, order]
+    dead = H.diagonal() == 0
+    H[dead, dead] = mean
+    while damp <= 1:
+        damped = H.clone()
+        damped.diagonal().add_(damp * mean)
+        L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not bool(failed) and bool(torch.isfinite(L).all()):
+            identity = torch.eye(len(H), device=H.device)
+            U = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(U).all()):
+                return Factor(damped, U, damp)
+        damp *= 10
+    raise SingularHessian("the inputs' second moment is singular at any damping")
+
+
+def quantize_gptq(
+    W: Tensor, H: Tensor, scheme: Scheme, options: GptqOptions | None = None, scale_search: str = "mse"
+) -> tuple[QuantizedWeight, float]:
+    """W [out, in] float, H [in, in] = X^T X up to a factor -> (quantized weight, damping used).
+
+    Raises SingularHessian (the caller may then round to nearest), and AfpqError for NaN or Inf in W.
+    """
+    options = options or GptqOptions()
+    W = W.float()
+    span = scheme.span(W.shape[1])
+    groups = [slice(first, min(first + span, W.shape[1])) for first in range(0, W.shape[1], span)]
+    importance = H.diagonal().float().clamp(min=0)
+    order, turns = _order(importance, groups, options.order)
+    factor = factorize(H, options.damp, order)
+    run = _Run(W[:, order].T.contiguous(), factor.U, importance[order], scheme, scale_search)
+    if options.order == "act":
+        run.fix_scales(_fit(W, importance, scheme, scale_search))
+    for first, columns in turns:
+        run.solve(slice(first, first + len(columns)), columns, span)
+    weight = run.result(order, len(groups))
+    if options.sweeps:
+        damped = factor.H[order.argsort()][:, order.argsort()]
+        weight = descend(W, damped, weight, options.sweeps)
+    return weight, factor.damp
+
+
+def _order(importance: Tensor, groups: list[slice], order: str) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """(permutation of the columns, turns): a turn is (first position, columns), a group unless the order is "act"."""
+    if order == "act":
+        columns = importance.argsort(descending=True, stable=True)
+        return columns, [(first, columns[first : first + BLOCK]) for first in range(0, len(columns), BLOCK)]
+    members = [torch.arange(g.start, g.stop, device=importance.device) for g in groups]
+    if order == "group":
+        means = torch.stack([importance[g].mean() for g in groups])
+        members = [members[k] for k in means.argsort(descending=True, stable=True).tolist()]
+        members = [m[importance[m].argsort(descending=True, stable=True)] for m in members]
+    firsts = [0]
+    for m in members:
+        firsts.append(firsts[-1] + len(m))
+    return torch.cat(members), list(zip(firsts, members))
+
+
+def _fit(weight: Tensor, importance: Tensor, scheme: Scheme, search: str) -> GroupScales:
+    return fit_scales(weight, scheme) if search == "absmax" else search_scales(weight, scheme, importance)
+
+
+class _Run:
+    """The column loop. Wt is the reordered weight transposed, [in, out], so that a column is contiguous."""
+
+    def __init__(self, Wt: Tensor, U: Tensor, importance: Tensor, scheme: Scheme, search: str) -> None:
+        self.Wt, self.U, self.importance = Wt, U, importance
+        self.scheme, self.search = scheme, search
+        self.codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
+        self.scales: dict[int, GroupScales] = {}
+
+    def fix_scales(self, scales: GroupScales) -> None:
+        self.scales = {group: scales[:, group] for group in range(scales.pos.shape[1])}
+
+    def solve(self, turn: slice, columns: Tensor, span: int) -> None:
+        """Round the columns of a turn, whose places in W are `columns`, and correct everything behind it."""
+        owners = (columns // span).tolist()
+        if owners[0] not in self.scales:  # a group whose turn begins: all corrections have reached it
+            one = Scheme(self.scheme.format, -1, self.scheme.sym, self.scheme.scale_dtype)
+            fitted = _fit(self.Wt[turn].T.contiguous(), self.importance[turn], one, self.search)
+            self.scales[owners[0]] = fitted[:, 0]
+        for first in range(turn.start, turn.stop, BLOCK):
+            self._solve_block(first, min(first + BLOCK, turn.stop), owners[first - turn.start :])
+
+    def _solve_block(self, first: int, end: int, owners: list[int]) -> None:
+        block, U = self.Wt[first:end], self.U[first:end, first:end]
+        errors = torch.empty_like(block)
+        diagonal = U.diagonal().tolist()
+        for j, (d, owner) in enumerate(zip(diagonal, owners)):
+            scales = self.scales[owner]
+            codes = encode_groups(block[j], scales, self.scheme.format)
+            errors[j] = (block[j] - decode_groups(codes, scales, self.scheme.format.values)) / d
+            self.codes[first + j] = codes
+            block[j:].addr_(U[j, j:], errors[j], alpha=-1)
+        self.Wt[end:].addmm_(self.U[first:end, end:].T, errors, alpha=-1)
+
+    def result(self, order: Tensor, groups: int) -> QuantizedWeight:
+        codes = torch.empty_like(self.codes)
+        codes[order] = self.codes
+        parts = [self.scales[group] for group in range(groups)]
+        pos = torch.stack([s.pos for s in parts], 1)
+        neg = torch.stack([s.neg for s in parts], 1) if self.scheme.two_scales else pos
+        zero = torch.stack([s.zero for s in parts if s.zero is not None], 1) if self.scheme.zero_point else None
+        return QuantizedWeight(codes.T.contiguous(), GroupScales(pos, neg, zero), self.scheme)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""What the command line prints, and how: one place for tables, progress and files of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from afpq.api import Job
+from afpq.checkpoint import write_json
+from afpq.errors import AfpqError
+from afpq.estimate import Estimate
+from afpq.plan import Plan
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+LOW_COVERAGE = 0.95
+
+
+def print_plan(job: Job, verb: str, out: Path) -> None:
+    """One paragraph on what was, or would be, done; a warning where much of the model is left alone."""
+    plan = job.plan
+    console.print(
+        f"{verb} {out}: {size_text(plan.output_bytes)} (was {size_text(plan.input_bytes)}), "
+        f"{len(plan.targets)} linears as {plan.recipe.scheme} by {plan.recipe.method}, "
+        f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
+        f"{100 * plan.coverage:.1f} % of the blocks' weights quantized",
+        soft_wrap=True,
+    )
+    if job.windows is not None:
+        console.print(f"calibration: {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens")
+    if plan.kept:
+        names = ", ".join(plan.kept[:8]) + (f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else "")
+        console.print(f"left as they were: {names}", soft_wrap=True)
+    if plan.coverage < LOW_COVERAGE:
+        errors.print(
+            f"warning: only {100 * plan.coverage:.1f} % of the blocks' weights are quantized; the rest stays large",
+            style="bold yellow",
+            soft_wrap=True,
+        )
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """The figures of a dry run."""
+    scratch = f", {size_text(estimate.scratch_bytes)} of scratch files" if estimate.scratch_bytes else ""
+    console.print(f"about {size_text(estimate.memory_bytes)} of memory{scratch}, {duration_text(estimate.seconds)}")
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan for `--json`."""
+    return {
+        "scheme": str(plan.recipe.scheme),
+        "method": plan.recipe.method,
+        "bits_per_weight": plan.bits_per_weight,
+        "coverage": plan.coverage,
+        "output_bytes": plan.output_bytes,
+        "input_bytes": plan.input_bytes,
+        "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
+        "kept": list(plan.kept),
+    }
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def save_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        try:
+            write_json(path, value)
+        except OSError as error:
+            raise AfpqError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+@contextmanager
+def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left, on standard error; nothing where that is no terminal."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Our own output says what matters; Transformers' progress bars would only come between."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""What a run will need, before it starts: memory from the plan's shapes, time from a few probes of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from afpq.algorithms import quantize_rtn
+from afpq.plan import OUTSIDE, Plan, Target
+from afpq.scheme import METHODS
+
+BASE_BYTES = 600_000_000  # the process itself: torch, transformers, tokenizer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of the process (files of hidden states come on top, on the disk) and seconds, both rough."""
+
+    memory_bytes: int
+    scratch_bytes: int
+    seconds: float
+
+
+def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
+    """`windows` is (count, length) of the calibration, None for methods that need none."""
+    infos = plan.checkpoint.tensors
+    largest = max(info.bytes for info in infos.values())
+    solve = sum(t.elements for t in plan.targets) / _rate(
+        lambda: quantize_rtn(_WEIGHT, plan.recipe.scheme, plan.recipe.search)
+    )
+    if windows is None:
+        return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
+    method, gptq = METHODS[plan.recipe.method], plan.recipe.gptq
+    beside = method.solver == "gptq" and gptq.float_target
+    block = max(sum(infos[n].elements for n in unit.tensors) for unit in plan.units if unit.name != OUTSIDE)
+    outside = sum(infos[n].elements for unit in plan.units if unit.name == OUTSIDE for n in unit.tensors)
+    widest = max(max(t.shape[1] for t in plan.targets), 1)
+    width = min(t.shape[1] for t in plan.targets)
+    moments = (8 if method.solver == "gptq" else 2) * 4 * widest**2
+    memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + 64 * 4096 * widest
+    states = 4 * windows[0] * windows[1] * width
+    flops = _calibration_flops(plan, windows[0] * windows[1], beside)
+    return Estimate(memory, states * (4 if beside else 2), solve + flops / _flops())
+
+
+def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:
+    """Forward passes (three to four a stream: parts of the block for each stage, then all of it), moments, solving."""
+    solver = METHODS[plan.recipe.method].solver
+    forward = 2 * tokens * sum(t.elements for t in plan.targets) * 3.5 * (2 if beside else 1)
+    moments = sum(2 * tokens * n * n for n in _inputs(plan.targets)) * (2 if beside else 1)
+    solving = sum(4 * n**3 for n in _inputs(plan.targets)) if solver == "gptq" else 0
+    columns = sum(2 * t.elements * t.shape[1] * (2 + plan.recipe.gptq.sweeps) for t in plan.targets)
+    return forward + moments + solving + (columns if solver == "gptq" else 0)
+
+
+def _inputs(targets: list[Target]) -> list[int]:
+    return [t.shape[1] for t in targets]
+
+
+_WEIGHT = torch.linspace(-1, 1, 256 * 1024).view(256, 1024)
+
+
+def _rate(work: Callable[[], object]) -> float:
+    """Weights a second of `work` on _WEIGHT."""
+    work()
+    start = time.perf_counter()
+    work()
+    return _WEIGHT.numel() / (time.perf_counter() - start)
+
+
+def _flops() -> float:
+    """Float32 operations a second of a matrix product here."""
+    a = torch.ones(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return 3 * 2 * 1024**3 / (time.perf_counter() - start)
