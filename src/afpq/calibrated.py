@@ -8,6 +8,8 @@ its successor's are complete and the block is recorded as finished, so that a ru
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, toward_float_outputs
+from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, search_clips, toward_float_outputs
 from afpq.blocks import Block, find_blocks
 from afpq.calibrate import (
     Activations,
@@ -33,11 +35,14 @@ from afpq.calibrate import (
     move,
 )
 from afpq.errors import AfpqError
-from afpq.groups import QuantizedWeight
+from afpq.groups import QuantizedWeight, encode
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, UnitResult, relative_error, unit_tensors
 from afpq.plan import OUTSIDE, Plan, Target, Unit
 from afpq.scheme import METHODS, Recipe
+from afpq.transforms import awq_scale
+
+AWQ_BATCHES = 4  # of at most BATCH_TOKENS tokens, for the search of channel scales
 
 
 @dataclass(frozen=True)
@@ -128,22 +133,51 @@ class _Runner:
             call = replace(call, args=move(call.args, self.device), kwargs=move(call.kwargs, self.device))
             tensors = {name: self.plan.checkpoint.read(name) for name in unit.tensors}
             local = {name: tensors[t] for name, t in self._names_inside(block).items()}
+            float_block = materialize(block.module, local, self.device)
+            inputs, targets = self.states("quantized", index), self._targets_inside(block, unit)
+            note = None
+            if METHODS[self.recipe.method].transform == "awq":
+                note = self._scale(float_block, call, inputs, targets, {n: t.dtype for n, t in local.items()})
             state = _BlockState(
                 call=call,
-                quantized=materialize(block.module, local, self.device),
-                inputs=self.states("quantized", index),
-                beside=materialize(block.module, local, self.device) if self.beside else None,
+                quantized=copy.deepcopy(float_block) if self.beside else float_block,
+                inputs=inputs,
+                beside=float_block if self.beside else None,
                 beside_inputs=self.states("float", index) if self.beside else None,
             )
-            targets = {t.module.removeprefix(f"{block.name}."): t for t in unit.targets.values()}
             solved = self._solve_stages(state, targets)
             advance(state.quantized, call, state.inputs, self.states("quantized", index + 1, True), self.device)
             if state.beside is not None and state.beside_inputs is not None:
                 advance(state.beside, call, state.beside_inputs, self.states("float", index + 1, True), self.device)
-        outputs = {name: tensor for name, tensor in tensors.items() if name not in unit.targets}
+        outputs = self._kept(block, state.quantized, tensors, unit)
         for name, (weight, _) in solved.items():
             outputs |= {targets[name].prefix + part: t.cpu() for part, t in to_tensors(weight).items()}
-        return outputs, [solved[name][1] for name in targets]
+        return outputs, [replace(solved[name][1], transform=note) for name in targets]
+
+    def _kept(self, block: Block, real: nn.Module, tensors: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
+        """The unit's tensors that are not quantized; a transform may have changed the block's parameters."""
+        kept = {name: tensor for name, tensor in tensors.items() if name not in unit.targets}
+        if METHODS[self.recipe.method].transform is not None:
+            parameters = dict(real.named_parameters())
+            for name, tensor in self._names_inside(block).items():
+                if tensor in kept and name in parameters:
+                    kept[tensor] = parameters[name].to(kept[tensor].dtype).cpu()
+        return kept
+
+    def _scale(
+        self, block: nn.Module, call: BlockCall, inputs: Activations, targets: dict[str, Target],
+        stored: dict[str, torch.dtype],
+    ) -> str:  # fmt: skip
+        """AWQ's channel scales, in place; what to note of them."""
+        batches = [hidden for _, hidden in itertools.islice(inputs.batches(self.device), AWQ_BATCHES)]
+        ratios = awq_scale(block, call, batches, {name: t.scheme for name, t in targets.items()}, stored)
+        if not ratios:
+            return f"no fold points are known for {type(block).__name__}: not scaled"
+        return "; ".join(f"{fold}: error x {ratio:.3f}" for fold, ratio in ratios.items())
+
+    def _targets_inside(self, block: Block, unit: Unit) -> dict[str, Target]:
+        """The unit's targets by their linears' names inside the block."""
+        return {t.module.removeprefix(f"{block.name}."): t for t in unit.targets.values()}
 
     def _names_inside(self, block: Block) -> dict[str, str]:
         """Parameter's name inside the block -> its tensor in the checkpoint."""
@@ -206,7 +240,7 @@ def solve_layer(W: Tensor, moments: Moments | None, target: Target, recipe: Reci
         solved = nearest
         if moments is not None:
             try:
-                solved, damp, before, after = _solve_gptq(W, moments, target, recipe, nearest)
+                solved, damp, before, after = _solve_on_moments(W, moments, target, recipe, nearest)
             except SingularHessian as error:
                 note = f"{error}; rounded to nearest"
     log = LayerLog(
@@ -231,17 +265,22 @@ def _importance(moments: Moments) -> Tensor | None:
     return diagonal if bool(torch.isfinite(diagonal).all()) and bool(diagonal.max() > 0) else None
 
 
-def _solve_gptq(
+def _solve_on_moments(
     W: Tensor, moments: Moments, target: Target, recipe: Recipe, nearest: QuantizedWeight
 ) -> tuple[QuantizedWeight, float | None, float, float]:
     """(weight, damping, relative output error of rounding to nearest, and of this), against the outputs aimed at."""
-    H, options = moments.H, recipe.gptq
-    damp: float | None = None
+    H, wanted, damp = moments.H, W, None
+    if not bool(torch.isfinite(H).all()):
+        raise SingularHessian("the layer's inputs are NaN or Inf")
     if METHODS[recipe.method].solver == "gptq":
-        wanted = W if moments.D is None else toward_float_outputs(W, H, moments.D, options.damp)
-        solved, damp = quantize_gptq(wanted, H, target.scheme, options, recipe.search)
+        if moments.D is not None:
+            wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
+        solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
+    elif recipe.search == "mse":
+        scales = search_clips(W, H, target.scheme)
+        solved = QuantizedWeight(encode(W, scales, target.scheme), scales, target.scheme)
     else:
-        wanted, solved = W, nearest
+        solved = nearest
     total = _loss(wanted, H)
     errors = [_loss(weight.dequantize() - wanted, H) / total if total else 0.0 for weight in (nearest, solved)]
     return solved, damp, errors[0], errors[1]

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Where a block lets channel scales be folded in without changing its function, per family, as data (AWQ).
+"""Where channel scales can be folded into a block without changing its function: per family, as data (for AWQ).
 
 Linears that read x may read x / s instead if their columns are multiplied by s; x / s costs nothing where x comes from
 something whose channels can be divided by s: a norm's weight and bias, or the rows and bias of an earlier linear.
-That holds if (a) everything that reads x is among the linears, the residual stream included, and (b) only operations
-that commute with a scale per channel lie between producer and readers. Attention commutes with scales of v, whatever
-is done to q and k (norms, rotations, soft caps), since the scores do not depend on v; a gated MLP commutes with scales
-of `up` (act(gate) * up), but not of `gate`; ReLU commutes with positive scales, GELU does not.
+Two things must hold: everything that reads the norm or linear is among the linears (the residual stream is a reader
+too), and what lies between commutes with a scale per channel. Attention commutes with scales of v, whatever is done to
+q and k (norms, rotations, soft caps), since its scores do not depend on v. A gated MLP, act(gate) * up, commutes with
+scales of up, not of gate. ReLU commutes with positive scales, GELU does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,17 +21,19 @@ from afpq.errors import AfpqError
 
 @dataclass(frozen=True)
 class Fold:
-    """One fold point; names are those of submodules inside the block.
+    """One fold point; names are those of modules inside the block.
 
-    `previous` (a norm or a linear) produces the input of all `linears`. `inside` is the module whose output error
-    should decide about the scales: "" is the block. `layout` says which rows of `previous` feed the linears' columns:
+    `previous`, a norm or a linear, produces the input of the `linears`, which are all that read it. `inside` is the
+    module whose output error should decide about the scales, "" the block. `layout`: which rows of `previous` feed
+    the linears' columns:
 
     - "same": row i feeds column i
-    - "v": rows are the heads of v, each of which several query heads may share (grouped-query attention)
-    - "qkv": q's rows, k's, v's;  "heads": for each head of k and v: the rows of its q's, of k, of v
-    - "gate_up": gate's rows, up's
+    - "v": the rows are v's heads, each of which several query heads may share (grouped-query attention)
+    - "qkv": rows of q, then k, then v
+    - "heads": for every head of k and v, the rows of its query heads, of k, of v
+    - "gate_up": rows of gate, then up
 
-    `plus_one`: the norm multiplies by 1 + weight. `when`: attributes of the block and what they must be, lest the
+    `plus_one`: the norm multiplies by 1 + weight. `when`: attributes of the block, and what they must be lest the
     fold be wrong; an absent attribute counts as None.
     """
 
@@ -46,43 +47,220 @@ class Fold:
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-V_O = Fold("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj", "v")
-UP_DOWN = Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")
 NORM_QKV = Fold("input_layernorm", QKV, "self_attn")
+V_O = Fold("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj", "v")
 NORM_MLP = Fold("post_attention_layernorm", GATE_UP, "mlp")
+UP_DOWN = Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")
 
+# Also mixtures of experts: their norm feeds the router and all experts, which no fold here lists; where the MLP is
+# not a plain one, its two folds fall away because their linears do not exist.
 LLAMA = (NORM_QKV, V_O, NORM_MLP, UP_DOWN)
-# The norms behind attention and MLP (post_*_layernorm) feed the residual stream alone: no fold points.
-SANDWICH = (NORM_QKV, V_O, replace(NORM_MLP, previous="pre_feedforward_layernorm"), UP_DOWN)
-# Gemma's norms multiply by 1 + weight. They must come first in a family: see `plus_one`.
+
+# Gemma's norms multiply by 1 + weight. From Gemma 2 on, norms named post_* feed the residual stream alone: no folds.
 GEMMA = tuple(replace(fold, plus_one="norm" in fold.previous) for fold in LLAMA)
-GEMMA2 = tuple(replace(fold, plus_one="norm" in fold.previous) for fold in SANDWICH)
-# No norm in front of attention and MLP: they read the residual stream itself.
+GEMMA2 = tuple(replace(f, previous=f.previous.replace("post_attention", "pre_feedforward")) for f in GEMMA)
+
+# No norms in front: attention and MLP read the residual stream itself.
 OLMO2 = (V_O, UP_DOWN)
+
 PHI3 = (
-    Fold("input_layernorm", ("self_attn.qkv_proj",), "self_attn"),
-    Fold("self_attn.qkv_proj", ("self_attn.o_proj",), "self_attn.o_proj", "qkv"),
-    Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
-    Fold("mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj", "gate_up"),
+    replace(NORM_QKV, linears=("self_attn.qkv_proj",)),
+    replace(V_O, previous="self_attn.qkv_proj", layout="qkv"),
+    replace(NORM_MLP, linears=("mlp.gate_up_proj",)),
+    replace(UP_DOWN, previous="mlp.gate_up_proj", layout="gate_up"),
 )
-# Attention and MLP side by side read one norm, so all five scale together; with two norms it is a Llama.
+
+# Without its second norm, attention and MLP stand side by side and read the first.
 STABLELM = (
-    replace(NORM_QKV, linears=QKV + GATE_UP, inside="", when=(("post_attention_layernorm", None),)),
+    replace(NORM_QKV, linears=QKV + GATE_UP, inside="", when=(("use_parallel_residual", True),)),
     replace(NORM_QKV, when=(("use_parallel_residual", False),)),
     V_O,
     NORM_MLP,
     UP_DOWN,
 )
-# Phi: one norm for both. No fold between the MLP's linears: GELU.
+
+# From here on no fold between the MLP's two linears, GELU being between them, but in OPT where ReLU is.
 PHI = (
-    Fold("input_layernorm", (*QKV, "mlp.fc1"), "", when=(("self_attn.qk_layernorm", False),)),
+    Fold("input_layernorm", (*QKV, "mlp.fc1"), ""),
     Fold("self_attn.v_proj", ("self_attn.dense",), "self_attn.dense", "v"),
 )
-# Norms only where they stand in front (all but OPT-350m: there they feed the residual stream too); fc1 -> fc2 since
-# the activation is ReLU.
+
+STARCODER2 = (NORM_QKV, V_O, replace(NORM_MLP, linears=("mlp.c_fc",)))
+
+# OPT-350m has its norms behind attention and MLP, where the residual stream reads them.
 OPT = (
     Fold("self_attn_layer_norm", QKV, "self_attn", when=(("do_layer_norm_before", True),)),
     Fold("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj", "v"),
     Fold("final_layer_norm", ("fc1",), "fc1", when=(("do_layer_norm_before", True),)),
     Fold("fc1", ("fc2",), "fc2", when=(("activation_fn.__class__", nn.ReLU),)),
 )
+
+# Attention and MLP side by side, or one after the other: each has its own norm either way.
+GPT_NEOX = (
+    Fold("input_layernorm", ("attention.query_key_value",), "attention"),
+    Fold("attention.query_key_value", ("attention.dense",), "attention.dense", "heads"),
+    Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp"),
+)
+
+# One option sends the norms' outputs to the residual stream too.
+FUSED, UP, DENSE = "self_attention.query_key_value", "mlp.dense_h_to_4h", "self_attention.dense"
+NORMS_INSIDE = (("apply_residual_connection_post_layernorm", False),)
+BLOOM = (
+    Fold("input_layernorm", (FUSED,), "self_attention", when=NORMS_INSIDE),
+    Fold(FUSED, (DENSE,), DENSE, "heads"),
+    Fold("post_attention_layernorm", (UP,), "mlp", when=NORMS_INSIDE),
+)
+
+# Three arrangements: side by side behind one norm (7B, 11B), behind two (40B, 180B), one after the other (RW).
+FALCON = (
+    Fold("input_layernorm", (FUSED, UP), "", when=(("config.parallel_attn", True),)),
+    Fold("input_layernorm", (FUSED,), "self_attention", when=(("config.parallel_attn", False),)),
+    Fold("ln_attn", (FUSED,), "self_attention"),
+    Fold(FUSED, (DENSE,), DENSE, "heads"),
+    Fold("ln_mlp", (UP,), "mlp"),
+    Fold("post_attention_layernorm", (UP,), "mlp"),
+)
+
+# Class of a block in Transformers -> folds that may apply. GPT-2 is missing: its Conv1D is not a linear here.
+FAMILIES: dict[str, tuple[Fold, ...]] = {
+    "LlamaDecoderLayer": LLAMA,
+    "MistralDecoderLayer": LLAMA,
+    "MinistralDecoderLayer": LLAMA,
+    "MixtralDecoderLayer": LLAMA,
+    "Qwen2DecoderLayer": LLAMA,
+    "Qwen2MoeDecoderLayer": LLAMA,
+    "Qwen3DecoderLayer": LLAMA,
+    "Qwen3MoeDecoderLayer": LLAMA,
+    "GraniteDecoderLayer": LLAMA,
+    "SmolLM3DecoderLayer": LLAMA,
+    "GemmaDecoderLayer": GEMMA,
+    "Gemma2DecoderLayer": GEMMA2,
+    "Gemma3DecoderLayer": GEMMA2,
+    "Olmo2DecoderLayer": OLMO2,
+    "Olmo3DecoderLayer": OLMO2,
+    "Phi3DecoderLayer": PHI3,
+    "PhiDecoderLayer": PHI,
+    "StableLmDecoderLayer": STABLELM,
+    "Starcoder2DecoderLayer": STARCODER2,
+    "OPTDecoderLayer": OPT,
+    "GPTNeoXLayer": GPT_NEOX,
+    "BloomBlock": BLOOM,
+    "FalconDecoderLayer": FALCON,
+}
+
+
+def folds_of(block: nn.Module) -> tuple[Fold, ...]:
+    """The folds of a block of Transformers, in the order their linears run; () where its family is not known.
+
+    Code from elsewhere (`trust_remote_code`) is not known even if its class has a known name.
+    """
+    if not type(block).__module__.startswith("transformers.models."):
+        return ()
+    return tuple(fold for fold in FAMILIES.get(type(block).__name__, ()) if _fits(block, fold))
+
+
+def _fits(block: nn.Module, fold: Fold) -> bool:
+    if any(_attribute(block, path) != wanted for path, wanted in fold.when):
+        return False
+    linears = [_attribute(block, name) for name in fold.linears]
+    weight = _attribute(block, f"{fold.previous}.weight")
+    if not isinstance(weight, Tensor) or not all(isinstance(linear, nn.Linear) for linear in linears):
+        return False
+    if len({weight.shape[1] for weight in fold_weights(block, fold)}) != 1:
+        return False
+    rows = producer_rows(block, fold)
+    return rows is not None and (fold.layout != "same" or len(rows) == len(weight))
+
+
+def _attribute(block: nn.Module, path: str) -> object:
+    value: object = block
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def fold_weights(block: nn.Module, fold: Fold) -> list[Tensor]:
+    """The weights [out, in] of the fold's linears, in its order."""
+    return [block.get_parameter(f"{name}.weight") for name in fold.linears]
+
+
+def producer_rows(block: nn.Module, fold: Fold) -> Tensor | None:
+    """int64 [in]: the row of `previous` that feeds each column of the linears; None if the shapes do not fit.
+
+    A row occurs several times where query heads share a head of v.
+    """
+    rows = len(block.get_parameter(f"{fold.previous}.weight"))
+    columns = fold_weights(block, fold)[0].shape[1]
+    if fold.layout == "same":
+        return torch.arange(columns)
+    if fold.layout == "gate_up":
+        return torch.arange(columns, 2 * columns) if rows == 2 * columns else None
+    attention = block.get_submodule(fold.previous.rpartition(".")[0])
+    dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    if not isinstance(dim, int):
+        return None
+    heads = columns // dim  # of q
+    shared = rows // dim if fold.layout == "v" else (rows // dim - heads) // 2  # heads of k and of v
+    fused = 0 if fold.layout == "v" else heads + shared
+    if shared < 1 or heads % shared or heads * dim != columns or (fused + shared) * dim != rows:
+        return None
+    reads = torch.arange(heads) // (heads // shared)  # the head of v that each query head reads
+    first = (reads + 1) * (heads // shared + 2) - 1 if fold.layout == "heads" else reads + fused
+    return (first[:, None] * dim + torch.arange(dim)).flatten()
+
+
+def shared_mean(block: nn.Module, fold: Fold, x: Tensor) -> Tensor:
+    """x [in] averaged over the columns that one row of `previous` feeds, which must have one scale. Same shape."""
+    rows = _rows(block, fold).to(x.device)
+    size = int(rows.max()) + 1
+    total = x.new_zeros(size).index_add(0, rows, x)
+    return (total / x.new_zeros(size).index_add(0, rows, torch.ones_like(x)))[rows]
+
+
+@torch.no_grad()
+def apply_fold(block: nn.Module, fold: Fold, scales: Tensor, stored: torch.dtype | None = None) -> Tensor:
+    """Multiply the linears' columns by `scales` [in] and divide `previous` by them, in place: the function stays.
+
+    A norm is rounded to the dtype it will be saved in (`stored`; its own by default), and the linears are multiplied
+    by what it was really divided by: Gemma's 1 + weight leaves few digits in bfloat16. These scales are returned
+    (float32 [in]): the linears' inputs are now smaller by them, and their second moment is H / (s s^T). Raises
+    AfpqError for scales that are not positive and finite, or that differ where columns share a row.
+    """
+    previous = block.get_submodule(fold.previous)
+    weight = block.get_parameter(f"{fold.previous}.weight")
+    rows, scales = _rows(block, fold).to(weight.device), scales.to(weight.device).double()
+    divisor = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+    divisor[rows] = scales
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()) or not torch.allclose(divisor[rows], scales, rtol=1e-5):
+        raise AfpqError(f"scales of {fold.previous} must be positive, finite, and equal where columns share a row")
+    if isinstance(previous, nn.Linear):
+        _multiply(weight, 1 / divisor[:, None])
+    else:
+        divisor = _divide_norm(weight, divisor, float(fold.plus_one), stored or weight.dtype)
+    bias = getattr(previous, "bias", None)
+    if isinstance(bias, Tensor):
+        _multiply(bias, 1 / divisor)
+    for readers in fold_weights(block, fold):
+        _multiply(readers, divisor[rows])
+    return divisor[rows].float()
+
+
+def _multiply(weight: Tensor, factor: Tensor) -> None:
+    """In place. A float64 factor would turn the whole weight into float64 on the way, so it is narrowed."""
+    weight.mul_(factor.to(torch.promote_types(weight.dtype, torch.float32)))
+
+
+def _divide_norm(weight: Tensor, divisor: Tensor, offset: float, stored: torch.dtype) -> Tensor:
+    """Divide offset + weight [in], in place; returns by what each channel was divided once rounded to `stored`."""
+    old = weight.double() + offset
+    new = (old / divisor - offset).to(stored).double() + offset
+    new = torch.where((new != 0) & torch.isfinite(new), new, old)  # rounding must not erase a channel
+    weight.copy_(new - offset)
+    return torch.where(old == 0, divisor, old / new)
+
+
+def _rows(block: nn.Module, fold: Fold) -> Tensor:
+    rows = producer_rows(block, fold)
+    if rows is None:
+        raise AfpqError(f"{fold.previous} does not have the shape of a fold {fold.layout!r}")
+    return rows

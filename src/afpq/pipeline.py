@@ -23,7 +23,8 @@ class LayerLog:
     """What happened to one layer; a line of afpq_log.jsonl.
 
     Errors are relative: of the weights, sum (w - w_hat)^2 / sum w^2; with calibration also of the layer's outputs, by
-    rounding to nearest ("before") and by the method used. `note` tells why a layer was treated otherwise.
+    rounding to nearest ("before") and by the method used. `note` tells why a layer was treated otherwise, `transform`
+    what was done to its block before.
     """
 
     module: str
@@ -37,6 +38,7 @@ class LayerLog:
     damp: float | None = None
     tokens: int | None = None
     note: str | None = None
+    transform: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}

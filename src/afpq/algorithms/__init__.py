@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Solvers: (weight [out, in], statistics, scheme) -> QuantizedWeight. Tensors in, tensors out, never a module."""
 
+from afpq.algorithms.awq import search_channel_scales, search_clips
 from afpq.algorithms.correction import toward_float_outputs
 from afpq.algorithms.gptq import SingularHessian, quantize_gptq
 from afpq.algorithms.rtn import quantize_rtn
 
-__all__ = ["SingularHessian", "quantize_gptq", "quantize_rtn", "toward_float_outputs"]
+__all__ = [
+    "SingularHessian",
+    "quantize_gptq",
+    "quantize_rtn",
+    "search_channel_scales",
+    "search_clips",
+    "toward_float_outputs",
+]

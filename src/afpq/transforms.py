@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""AWQ on a block: search each fold's channel scales against the error of the module around it, then fold them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afpq.algorithms import quantize_rtn, search_channel_scales
+from afpq.calibrate import BlockCall, input_of
+from afpq.folds import Fold, apply_fold, fold_weights, folds_of, shared_mean
+from afpq.scheme import Scheme
+
+
+@torch.no_grad()
+def awq_scale(
+    block: nn.Module,
+    call: BlockCall,
+    batches: list[Tensor],
+    schemes: Mapping[str, Scheme],
+    stored: Mapping[str, torch.dtype],
+) -> dict[str, float]:
+    """Scale a float block's channels in place so that rounding hurts its outputs less; its function stays.
+
+    `batches` are hidden states that enter the block, `schemes` the linears to be quantized, `stored` the dtype each
+    parameter will be saved in: parameters that are not quantized end up rounded to it. Returns, by the fold's
+    producer, the error left relative to that without scaling; empty where the family has no known folds.
+    """
+    ratios: dict[str, float] = {}
+    for fold in folds_of(block):
+        if not any(name in schemes for name in fold.linears):
+            continue
+        ratio, scales = _search(block, fold, call, batches, schemes)
+        if ratio < 1:
+            apply_fold(block, fold, scales, stored.get(f"{fold.previous}.weight"))
+        ratios[f"{fold.previous} -> {', '.join(fold.linears)}"] = ratio
+    quantized = {f"{name}.weight" for name in schemes}
+    for name, parameter in block.named_parameters():
+        if name not in quantized and name in stored:
+            parameter.copy_(parameter.to(stored[name]))
+    return ratios
+
+
+def _search(
+    block: nn.Module, fold: Fold, call: BlockCall, batches: list[Tensor], schemes: Mapping[str, Scheme]
+) -> tuple[float, Tensor]:
+    """(error left relative to no scaling, the scales)."""
+    inside = block.get_submodule(fold.inside) if fold.inside else block
+    calls = [_call_of(block, inside, call, hidden) for hidden in batches]
+    wanted = [_run(inside, args, kwargs) for args, kwargs in calls]
+    magnitude = torch.cat([input_of(block, fold.linears[0], call, hidden) for hidden in batches]).abs().mean(0)
+    weights = fold_weights(block, fold)
+    originals = [weight.clone() for weight in weights]
+
+    def loss(approximations: list[Tensor]) -> float:
+        for weight, approximation in zip(weights, approximations):
+            weight.copy_(approximation)
+        error = sum((_run(inside, *c) - y).square().sum().item() for c, y in zip(calls, wanted))
+        for weight, original in zip(weights, originals):
+            weight.copy_(original)
+        return error
+
+    def quantize(index: int, weight: Tensor) -> Tensor:
+        scheme = schemes.get(fold.linears[index])
+        return weight if scheme is None else quantize_rtn(weight, scheme).dequantize()
+
+    best = search_channel_scales(originals, shared_mean(block, fold, magnitude), loss, quantize)
+    return (best.after / best.before if best.before else 1.0), best.scales
+
+
+def _call_of(
+    block: nn.Module, inside: nn.Module, call: BlockCall, hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments the block gives to a module inside it."""
+    if inside is block:
+        return (hidden, *call.args), call.kwargs
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+
+    handle = inside.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call(block, hidden)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    result = module(*args, **kwargs)
+    return (result[0] if isinstance(result, tuple) else result).float()  # type: ignore[no-any-return]
