@@ -46,6 +46,19 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 2:
             raise AfpqError(f"calibration needs at least 1 sample of 2 tokens, got {self.samples} of {self.seq_len}")
+        if not 0 <= self.seed < 2**63:
+            raise AfpqError(f"seed {self.seed}: use a number from 0 to 2^63 - 1")
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """The device that computes. Raises AfpqError for one that is not here."""
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        try:
+            torch.empty(1, device=name).item()
+            return torch.device(name)
+        except Exception as error:  # torch raises many kinds for names and for drivers
+            reason = str(error).splitlines()[0][:120]
+            raise AfpqError(f"device {self.device!r} cannot be used; try auto or cpu ({reason})") from None
 
 
 @dataclass(frozen=True)
@@ -148,9 +161,8 @@ def execute(job: Job, out: Path, *, resume: bool = True, progress: Progress | No
 def _results(job: Job, scratch: Path, finished: frozenset[str]) -> Iterator[UnitResult]:
     if job.windows is None:
         return run(job.plan, finished)
-    wanted = job.settings.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
-    return run_calibrated(job.plan, job.model, Calibration(job.windows, scratch, device), finished)
+    calibration = Calibration(job.windows, scratch, job.settings.torch_device())
+    return run_calibrated(job.plan, job.model, calibration, finished)
 
 
 def _describe(result: UnitResult) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,8 +56,12 @@ class ShardWriter:
         self.files: list[BinaryIO] = []
         self.places: dict[str, _Place] = {}
         self.missing = set(outputs) - written
-        for index, members in enumerate(shards):
-            self._lay_out(index, members, "r+b" if written else "wb")
+        try:
+            for index, members in enumerate(shards):
+                self._lay_out(index, members, "r+b" if written else "wb")
+        except BaseException:
+            self._close()
+            raise
 
     def _lay_out(self, index: int, members: dict[str, Spec], mode: str) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -100,7 +105,11 @@ class ShardWriter:
                 self.sync()
                 self._finish()
         finally:
-            for file in self.files:
+            self._close()
+
+    def _close(self) -> None:
+        for file in self.files:
+            with suppress(OSError):  # what was buffered cannot be written either; the first error is the one to tell
                 file.close()
 
     def _finish(self) -> None:

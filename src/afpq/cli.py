@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from afpq.console import (
+    check_json_place,
     console,
     errors,
     plan_json,
@@ -121,6 +122,7 @@ def quantize(
         GptqOptions(damp, order, sweeps, float_target, sequential),
     )
     settings = CalibrationSettings(samples, seq_len, seed, device)
+    check_json_place(json)
     content = read_text(text, dataset) if text is not None or dataset is not None else None
     with quiet_transformers():
         job = prepare(model, recipe, text=content, settings=settings, trust_remote_code=trust_remote_code)
@@ -149,6 +151,7 @@ def evaluate_command(
     from afpq.evaluate import evaluate, logits_of
     from afpq.loading import context_length, load_model, load_tokenizer
 
+    check_json_place(json)
     content = read_text(text, dataset)
     with quiet_transformers():
         loaded = load_model(model, trust_remote_code)
@@ -170,6 +173,7 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
     """True bits per weight, coverage and sizes of a checkpoint, from its headers."""
     from afpq.info import model_info
 
+    check_json_place(json)
     with quiet_transformers():
         result = model_info(model, trust_remote_code)
     keys = result.quantization_config
@@ -199,7 +203,7 @@ def generate(
     with quiet_transformers():
         loaded, tokenizer = load_model(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
         text = generate_text(loaded, tokenizer, prompt, max_new_tokens)
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text)
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -220,7 +224,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # Typer's own way to say that it was interrupted
+            raise KeyboardInterrupt
     except AfpqError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -233,5 +238,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    errors.print(f"afpq: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    errors.print(f"afpq: {' '.join(message.split())}")
     sys.exit(2)

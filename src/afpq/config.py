@@ -31,20 +31,23 @@ def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme
 
     Raises AfpqError for a wrong type, and for `bits` that contradict `format`.
     """
-    base = base or Scheme(default_format(keys.get("bits") or 4))
+    if not isinstance(keys, dict):
+        raise AfpqError(f"quantization_config: {keys!r} should be an object of keys such as bits and format")
     name, bits = keys.get("format"), keys.get("bits")
     for key, kind in (("format", str), ("bits", int), ("group_size", int), ("sym", bool), ("scale_dtype", str)):
         value = keys.get(key)
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise AfpqError(f"quantization_config: {key} is {value!r}; expected {kind.__name__}")
-    format = parse_format(name) if name else default_format(bits) if bits else base.format
-    if bits and bits != format.bits:
+    base = base or Scheme(default_format(4))
+    default = base.format if bits is None else default_format(bits)
+    format = default if name is None else parse_format(name)
+    if bits is not None and bits != format.bits:
         raise AfpqError(f"quantization_config: bits {bits} but format {format} has {format.bits}")
     return Scheme(
         format,
         keys["group_size"] if keys.get("group_size") is not None else base.group_size,
         keys["sym"] if keys.get("sym") is not None else base.sym,
-        keys.get("scale_dtype") or base.scale_dtype,
+        keys["scale_dtype"] if keys.get("scale_dtype") is not None else base.scale_dtype,
     )
 
 
@@ -58,8 +61,16 @@ def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
         "scale_search": recipe.search,
         **(_gptq_keys(recipe) if METHODS[recipe.method].solver == "gptq" else {}),
         "modules_to_not_convert": sorted(kept),
-        "dynamic": {f"+:{pattern}": scheme_to_json(scheme) for pattern, scheme in recipe.overrides},
+        "dynamic": _overrides_to_json(recipe),
     }
+
+
+def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
+    """ "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys."""
+    overrides: dict[str, Any] = {}
+    for pattern, scheme in recipe.overrides:
+        overrides.setdefault(f"+:{pattern}", {**scheme_to_json(scheme), "rank": len(overrides)})
+    return overrides
 
 
 def _gptq_keys(recipe: Recipe) -> dict[str, Any]:
@@ -79,6 +90,8 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
 
     `dynamic` follows GPTQModel: `"+:regex": {keys}` overrides the scheme, `"-:regex": {}` skips.
     """
+    if not isinstance(keys, dict):
+        raise AfpqError(f"quantization_config: expected an object, got {keys!r}")
     if keys.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise AfpqError(f"quantization_config: method {keys['quant_method']!r} is not {QUANT_METHOD!r}")
     version = keys.get("version", VERSION)
@@ -88,14 +101,24 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
     dynamic, names = keys.get("dynamic") or {}, keys.get("modules_to_not_convert") or []
     if not isinstance(dynamic, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise AfpqError("quantization_config: dynamic must be an object, modules_to_not_convert a list of names")
+    for key in ("method", "scale_search"):
+        if not isinstance(keys.get(key), (str, type(None))):
+            raise AfpqError(f"quantization_config: {key} is {keys[key]!r}; expected a name")
     skip = [key.removeprefix("-:") for key in dynamic if key.startswith("-:")]
-    overrides = [
-        (key.removeprefix("+:"), scheme_from_json(value, scheme))
-        for key, value in dynamic.items()
-        if not key.startswith("-:")
-    ]
-    method, search = keys.get("method", "rtn"), keys.get("scale_search")
-    return Recipe(scheme, method, search, tuple(skip), tuple(overrides)), names
+    positive = {key: value for key, value in dynamic.items() if not key.startswith("-:")}
+    overrides = [(key.removeprefix("+:"), scheme_from_json(positive[key], scheme)) for key in _ranked(positive)]
+    return Recipe(scheme, keys.get("method") or "rtn", keys.get("scale_search"), tuple(skip), tuple(overrides)), names
+
+
+def _ranked(overrides: dict[str, Any]) -> list[str]:
+    """Their patterns by rank; those without one keep their place, behind."""
+
+    def rank(key: str) -> int:
+        value = overrides[key]
+        given = value.get("rank") if isinstance(value, dict) else None
+        return given if isinstance(given, int) else len(overrides)
+
+    return sorted(overrides, key=rank)
 
 
 def is_kept(name: str, kept: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ from afpq.errors import AfpqError
 from afpq.estimate import Estimate
 from afpq.plan import Plan
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 LOW_COVERAGE = 0.95
 
 
@@ -30,18 +32,16 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
         f"{len(plan.targets)} linears as {plan.recipe.scheme} by {plan.recipe.method}, "
         f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
         f"{100 * plan.coverage:.1f} % of the blocks' weights quantized",
-        soft_wrap=True,
     )
     if job.windows is not None:
         console.print(f"calibration: {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens")
     if plan.kept:
         names = ", ".join(plan.kept[:8]) + (f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else "")
-        console.print(f"left as they were: {names}", soft_wrap=True)
+        console.print(f"left as they were: {names}")
     if plan.coverage < LOW_COVERAGE:
         errors.print(
             f"warning: only {100 * plan.coverage:.1f} % of the blocks' weights are quantized; the rest stays large",
             style="bold yellow",
-            soft_wrap=True,
         )
 
 
@@ -63,6 +63,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
         "kept": list(plan.kept),
     }
+
+
+def check_json_place(path: Path | None) -> None:
+    """Raises AfpqError before any work where `--json` could not be written after it."""
+    if path is None:
+        return
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise AfpqError(f"{path}: cannot write the JSON there; give a file in an existing directory")
 
 
 def duration_text(seconds: float) -> str:

@@ -10,15 +10,17 @@ from afpq.blocks import find_linears, replace_module
 from afpq.errors import AfpqError
 from afpq.linear import AfpqLinear
 from afpq.pipeline import solve
-from afpq.scheme import Recipe
+from afpq.scheme import METHODS, Recipe
 
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the linears inside the model's blocks, in place, as the recipe says; returns the model.
 
-    Raises AfpqError for NaN or Inf weights, and where nothing is left to quantize.
+    Raises AfpqError for NaN or Inf weights, where nothing is left to quantize, and for methods that need text.
     """
+    if METHODS[recipe.method].calibrated:
+        raise AfpqError(f"method {recipe.method!r} needs calibration text; use afpq.quantize, and load its result")
     chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
     if all(scheme is None for _, _, scheme in chosen):
         raise AfpqError("no linear layer left to quantize; see skip")

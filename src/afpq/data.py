@@ -72,6 +72,8 @@ def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tenso
     """
     if length < 2:
         raise AfpqError(f"sequence length {length}: at least 2 are needed to predict a token")
+    if max_tokens is not None and max_tokens < 2:
+        raise AfpqError(f"{max_tokens} tokens at most: at least 2 are needed to predict one")
     tokens = tokens[:max_tokens]
     if len(tokens) < 2:
         raise AfpqError(f"text of {len(tokens)} tokens: at least 2 are needed to predict one")

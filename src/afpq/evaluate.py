@@ -38,13 +38,18 @@ class Evaluation:
     top1_agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Its fields; None for a figure that is no number, such as the standard error of one sample."""
+        return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
     """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside."""
     device = next(model.parameters()).device
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    known = getattr(embedding, "num_embeddings", None)
+    if known is not None and int(windows.max()) >= known:
+        raise AfpqError(f"the text has token {int(windows.max())}, the model's vocabulary {known}: another tokenizer?")
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         yield from model(batch.to(device), use_cache=False).logits
 
@@ -81,10 +86,14 @@ def evaluate(
         raise AfpqError(
             "the model's logits are not finite; its weights overflow, or it was loaded in too small a dtype"
         )
+    if mean > 700:  # exp of it is no float
+        raise AfpqError(f"a loss of {mean:.0f} nats a token: this is not a working model for this text")
     perplexity, tokens = math.exp(mean), sum(map(len, losses))
     if reference is None:
         return Evaluation(perplexity, perplexity * error, tokens)
     kl, kl_error = _mean_and_error(torch.stack(divergences))
+    if not math.isfinite(kl):
+        raise AfpqError("the reference model's logits are not finite")
     return Evaluation(perplexity, perplexity * error, tokens, kl, kl_error, torch.stack(agreements).mean().item())
 
 

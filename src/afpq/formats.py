@@ -9,6 +9,7 @@ fp4 is E2M1 and fp3 E2M0, without infinities: 15 and 7 values, one code spare.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,9 +31,14 @@ class Format:
     integer: bool = False
 
     def __post_init__(self) -> None:
-        values = self.values
+        if not self.name:
+            raise AfpqError("a format needs a name")
+        try:
+            values = struct.unpack(f"{len(self.values)}f", struct.pack(f"{len(self.values)}f", *self.values))
+        except OverflowError:
+            values = (math.inf,)
         if not all(math.isfinite(v) for v in values) or any(a >= b for a, b in pairwise(values)):
-            raise AfpqError(f"format {self.name}: values must be finite and strictly ascending")
+            raise AfpqError(f"format {self.name}: values must be finite and strictly ascending, as float32")
         if len(values) < 2 or values[0] >= 0 or values[-1] <= 0:
             raise AfpqError(f"format {self.name}: needs at least one value below and one above zero")
         if len(values) > 256:
@@ -69,7 +75,7 @@ _NF3 = (
     -1.0, -0.5350227355957031, -0.2469314038753510, 0.0,
     0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0,
 )  # fmt: skip
-_NF2 = (-1.0, 0.0, 0.4357272093479501, 1.0)
+_NF2 = (-1.0, 0.0, 0.43581816458311545, 1.0)
 
 FORMATS = {
     format.name: format

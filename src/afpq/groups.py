@@ -89,39 +89,44 @@ def extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         lows.append(groups.amin(-1).neg_().clamp_(min=0))
         highs.append(groups.amax(-1).clamp_(min=0))
     low, high = torch.cat(lows, -1), torch.cat(highs, -1)
-    if not bool(torch.isfinite(low + high).all()):  # amin and amax pass NaN on
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):  # amin and amax pass NaN on
         raise AfpqError("contains NaN or Inf; repair or skip it")
     return low, high
 
 
-def scales_from_range(low: Tensor, high: Tensor, scheme: Scheme) -> GroupScales:
-    """Scales whose grid spans [-low, high] of each group; low, high >= 0."""
+def scales_from_range(low: Tensor, high: Tensor, scheme: Scheme, saturate: bool = False) -> GroupScales:
+    """Scales whose grid spans [-low, high] of each group; low, high >= 0. See `stored` for `saturate`."""
     book = scheme.format.values
     if scheme.zero_point:
-        pos = stored((low + high) / (book[-1] - book[0]), scheme)
+        width = book[-1] - book[0]
+        pos = stored(low / width + high / width, scheme, saturate)  # the sum of both could overflow
         zero = torch.round(low / pos.float()).clamp_(0, len(book) - 1).to(torch.uint8)
         return GroupScales(pos, pos, zero)
     if scheme.format.integer:
-        pos = stored(torch.maximum(low, high) / ((book[-1] - book[0]) / 2), scheme)
+        pos = stored(torch.maximum(low, high) / ((book[-1] - book[0]) / 2), scheme, saturate)
         return GroupScales(pos, pos)
     neg, pos = low / -book[0], high / book[-1]
     if scheme.sym:
-        pos = stored(torch.maximum(neg, pos), scheme)
+        pos = stored(torch.maximum(neg, pos), scheme, saturate)
         return GroupScales(pos, pos)
     return GroupScales(
-        stored(torch.where(pos > 0, pos, neg), scheme),  # an empty side borrows: corrections may fill it later
-        stored(torch.where(neg > 0, neg, pos), scheme),
+        stored(
+            torch.where(pos > 0, pos, neg), scheme, saturate
+        ),  # an empty side borrows: corrections may fill it later
+        stored(torch.where(neg > 0, neg, pos), scheme, saturate),
     )
 
 
-def stored(scale: Tensor, scheme: Scheme) -> Tensor:
+def stored(scale: Tensor, scheme: Scheme, saturate: bool = False) -> Tensor:
     """Float scales >= 0 as the scheme stores them: never zero, and 1 where the group has no weight but zero.
 
     A book without a zero cannot say 0, so there an all-zero group takes the smallest scale instead of 1.
-    Raises AfpqError where a scale is too large to store.
+    A scale too large to store becomes the largest with `saturate`, and else raises AfpqError.
     """
     dtype, smallest = STORAGE[scheme.scale_dtype]
-    if bool((scale > torch.finfo(dtype).max).any()):
+    if saturate:
+        scale = scale.clamp(max=torch.finfo(dtype).max)
+    elif bool((scale > torch.finfo(dtype).max).any()):
         raise AfpqError(f"weights too large for {scheme.scale_dtype} scales (scale {scale.max():.3g})")
     empty = 1.0 if scheme.format.has_zero else smallest
     return torch.where(scale > 0, scale.clamp(min=smallest), empty).to(dtype)

@@ -11,6 +11,7 @@ from torch import nn
 
 from afpq.blocks import find_blocks
 from afpq.config import QUANT_METHOD, config_from_json, is_kept
+from afpq.errors import AfpqError
 from afpq.packing import layout
 from afpq.skeleton import build_skeleton
 from afpq.source import Checkpoint, open_checkpoint, require_tensor
@@ -75,8 +76,8 @@ def _quantized_layers(
     checkpoint: Checkpoint, keys: dict[str, Any], trust_remote_code: bool
 ) -> tuple[list[LayerInfo], dict[str, int]]:
     """(the quantized linears, bytes of each of their tensors)."""
-    if keys.get("quant_method") != QUANT_METHOD:
-        config_from_json(keys)  # raises, naming the other method
+    if isinstance(keys, dict) and keys.get("quant_method") != QUANT_METHOD:
+        raise AfpqError(f"{checkpoint.directory}: quantized by {keys.get('quant_method')!r}, not by {QUANT_METHOD}")
     recipe, kept = config_from_json(keys)
     model = build_skeleton(checkpoint.directory, trust_remote_code)
     names = {name for block in find_blocks(model) for name, _ in block.linears()}

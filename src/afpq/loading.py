@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from afpq.errors import AfpqError
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
@@ -23,14 +24,23 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
 
     The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects.
     """
-    directory = open_checkpoint(model).directory
+    checkpoint = open_checkpoint(model)
+    directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
+    if isinstance(keys, dict) and keys.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
+        raise AfpqError(f"{model}: quantized by {keys.get('quant_method')!r}, which Transformers cannot load here")
     cuda = torch.cuda.is_available()
-    loaded = _guarded(
+    loaded, report = _guarded(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto" if cuda else torch.float32, trust_remote_code=trust_remote_code
+            directory,
+            dtype="auto" if cuda else torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         ),
     )
+    missing = sorted(report["missing_keys"])
+    if missing:  # Transformers fills them with random numbers
+        raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
     return loaded.to("cuda" if cuda else "cpu").eval()
 
 

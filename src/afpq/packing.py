@@ -44,14 +44,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., n] of values < 2^bits -> uint8 [..., packed_size(n, bits)]."""
     unit = _UNIT[bits][0]
     codes = pad(codes, (0, -codes.shape[-1] % unit)).contiguous()
+    rows = codes.shape[:-1]
     if bits == 4:
-        pairs = codes.view(torch.int16)
-        return (pairs | pairs >> 4).to(torch.uint8)
+        pairs = codes.flatten().view(torch.int16)
+        return (pairs | pairs >> 4).to(torch.uint8).view(*rows, -1)
     if bits == 2:
-        fours = codes.view(torch.int32)
-        return (fours | fours >> 6 | fours >> 12 | fours >> 18).to(torch.uint8)
+        fours = codes.flatten().view(torch.int32)
+        return (fours | fours >> 6 | fours >> 12 | fours >> 18).to(torch.uint8).view(*rows, -1)
     if bits == 3:
-        eights = codes.view(torch.int64)
+        eights = codes.flatten().view(torch.int64).view(*rows, -1)
         planes = [((eights >> plane & _ONES) * _GATHER >> 56).to(torch.uint8) for plane in range(3)]
         return torch.stack([p.unflatten(-1, (-1, 4)) for p in planes], -2).flatten(-3)
     return codes

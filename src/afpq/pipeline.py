@@ -71,15 +71,14 @@ def run(plan: Plan, finished: Container[str] = ()) -> Iterator[UnitResult]:
 
 def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
     for name in unit.tensors:
-        tensor, target = plan.checkpoint.read(name), unit.targets.get(name)
+        target = unit.targets.get(name)
         if target is None:
-            yield name, tensor
+            yield name, plan.checkpoint.read(name)
             continue
-        packed, log = _solve_target(tensor, target, plan.recipe)
+        packed, log = _solve_target(plan.checkpoint.read(name), target, plan.recipe)
         logs.append(log)
-        del tensor
-        for part, value in packed.items():
-            yield target.prefix + part, value
+        yield from ((target.prefix + part, value) for part, value in packed.items())
+        del packed
 
 
 def _solve_target(weight: Tensor, target: Target, recipe: Recipe) -> tuple[dict[str, Tensor], LayerLog]:

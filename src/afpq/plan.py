@@ -122,9 +122,15 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
     if method is not None:
         raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model")
     names = _tensor_names(checkpoint, model)
+    linears = find_linears(model)
+    absent = [name for name, _ in linears if f"{name}.weight" not in names]
+    if absent and len(absent) < len(linears):
+        raise AfpqError(
+            f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
+        )
     targets: dict[str, Target] = {}
     kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for module, linear in find_linears(model):
+    for module, linear in linears:
         scheme, tensor = recipe.scheme_for(module), names.get(f"{module}.weight")
         if scheme is not None and tensor is not None:
             targets[tensor] = _target(checkpoint, module, linear, tensor, scheme)

@@ -18,7 +18,9 @@ from torch import Tensor
 from afpq.groups import GroupScales, extremes, parts, scales_from_range, side_midpoints, stored
 from afpq.scheme import Scheme
 
-RATIOS = tuple(0.44 + 0.035 * step for step in range(20))  # of the absmax scale: 0.44 .. 1.105
+# Of the absmax scale: 0.44 .. 1.105, and a few far below for groups whose largest weights hardly matter.
+RATIOS = (0.15, 0.25, 0.35, *(0.44 + 0.035 * step for step in range(20)))
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 REFINEMENTS = 2
 
 
@@ -66,7 +68,7 @@ class _Search:
         self.best = scales_from_range(low, high, self.scheme)
         self.error = self._errors(self.best)
         for ratio in RATIOS:
-            self._consider(scales_from_range(low * ratio, high * ratio, self.scheme))
+            self._consider(scales_from_range(low * ratio, high * ratio, self.scheme, saturate=True))
         for _ in range(REFINEMENTS):
             self._consider(self._least_squares())
         return self.best
@@ -83,7 +85,10 @@ class _Search:
         _, boundaries = self._units(scales)
         # The sign of the unshifted boundary tells its side; with a zero point both scales are one.
         scale = torch.where(self.boundaries < 0, scales.neg.float(), scales.pos.float())
-        index = torch.searchsorted(self.sorted, (boundaries * scale).contiguous(), right=True)
+        boundaries = boundaries * scale
+        if not self.scheme.format.has_zero:
+            boundaries[..., self.split - 1] = -SMALLEST_NORMAL  # a weight of 0 belongs to the positive side
+        index = torch.searchsorted(self.sorted, boundaries.contiguous(), right=True)
 
         def between(sums: Tensor) -> Tensor:
             at = sums.gather(-1, index)
@@ -128,7 +133,7 @@ class _Search:
 
         def scale(side: int, old: Tensor) -> Tensor:
             new = (above[side] / below[side]).float()
-            return stored(torch.where(torch.isfinite(new) & (new > 0), new, old.float()), scheme)
+            return stored(torch.where(torch.isfinite(new) & (new > 0), new, old.float()), scheme, saturate=True)
 
         pos = scale(0, best.pos)
         return GroupScales(pos, scale(1, best.neg) if scheme.two_scales else pos, best.zero)

@@ -66,10 +66,11 @@ class Checkpoint:
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template, licence: files to copy beside new weights."""
-        for pattern in COMPANIONS:
-            for path in sorted(self.directory.glob(pattern)):
-                if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
-                    yield path
+        patterns = (*COMPANIONS, "*.py") if "auto_map" in self.config else COMPANIONS
+        found = {path for pattern in patterns for path in self.directory.glob(pattern) if path.is_file()}
+        for path in sorted(found):
+            if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+                yield path
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -84,6 +85,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise AfpqError(f"{directory / INDEX}: no weight_map in it")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise AfpqError(f"{directory / INDEX}: its weight_map must give the name of a file for each tensor")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     elif (directory / WEIGHTS).exists():
         files, weight_map = [directory / WEIGHTS], {}
@@ -100,14 +103,17 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _locate(model: str | Path) -> Path:
     directory = Path(model)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise AfpqError(f"{model}: is a file; give the directory that holds config.json")
+    try:
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise AfpqError(f"{model}: is a file; give the directory that holds config.json")
+    except (OSError, ValueError) as error:  # a name no file can have
+        raise AfpqError(f"{str(model)[:80]!r}: no such directory: {error}"[:200]) from None
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise AfpqError(f"{model}: no such directory")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *COMPANIONS]))
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.py", *COMPANIONS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AfpqError(f"{model}: no such directory, and not to be had from the hub: {reason}") from None

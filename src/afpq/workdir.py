@@ -55,6 +55,10 @@ class WorkDirectory:
 
     def _start(self, fingerprint: dict[str, Any]) -> None:
         if self.path.exists():
+            if not (self.path / JOURNAL).exists() and any(self.path.iterdir()):
+                raise AfpqError(
+                    f"{self.path}: is in the way, and was not made by afpq; move it or choose another place"
+                )
             shutil.rmtree(self.path)
         self.scratch.mkdir(parents=True)
         self._append({"fingerprint": fingerprint})
@@ -100,12 +104,13 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
     Bad input (AfpqError) discards it, unless it was there before. Raises AfpqError where OUT exists already, was begun
     otherwise, or cannot be written, and where the disk is too small for `needed_bytes`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AfpqError(f"{out}: exists already; remove it or choose another place")
+    out = Path(os.path.abspath(out))
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise AfpqError(f"{out}: exists already; remove it or choose another place")
         work = WorkDirectory(out, fingerprint, resume)
-    except OSError as error:
-        raise AfpqError(f"{out}: cannot write: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise AfpqError(f"{out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
     before = len(work.finished)
     try:
         free = shutil.disk_usage(work.path).free

@@ -5,8 +5,9 @@ Channel scales: the columns of W that meet large inputs are multiplied by s > 1,
 divided by s (`folds.py`). The function is the same, but the scaled columns round finer: a group's step hardly grows
 while their error shrinks by s. AWQ searches s = magnitude^alpha over alpha alone, since magnitudes say which matter.
 
-Clips: a group's range is shrunk where the output gains more from finer steps than it loses by clipping. The two sides
-of a group have a scale each (AFPQ) and meet in the output, so the best pair is searched, not each side for itself.
+Clips: a group's range is shrunk where the output gains more from finer steps than it loses by clipping, or widened a
+little where that suits the weights. The two sides of a group have a scale each (AFPQ) and meet in the output, so the
+best pair is searched, not each side for itself.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor
 from afpq.errors import AfpqError
 from afpq.groups import GroupScales, decode_groups, encode_groups, extremes, parts, scales_from_range
 from afpq.scheme import Scheme
+from afpq.search import RATIOS
 
-RATIOS = tuple(1 - 0.03 * step for step in range(20))  # of the absmax scale: 1 .. 0.43
 SMALLEST, LARGEST = 1e-4, 1e4  # of channel scales: beyond, float16 weights and norms would lose digits
 CHUNK = 2**16  # weights clipped at a time: all their candidates, a few times over, are in memory
 
@@ -103,23 +104,23 @@ def search_clips(W: Tensor, H: Tensor, scheme: Scheme, ratios: tuple[float, ...]
     """
     W, H = W.float(), H.float()
     low, high = extremes(W, scheme)
+    best = scales_from_range(low, high, scheme)  # overwritten: results kept in pieces would fragment the memory
     shrink = torch.tensor([1.0, *(r for r in ratios if r != 1.0)], device=W.device)  # absmax first: it wins ties
-    found = []
     for columns, groups, length in parts(W.shape[1], scheme.span(W.shape[1])):
         starts = range(columns.start, columns.stop, length)
         blocks = torch.stack([H[first : first + length, first : first + length] for first in starts])
         step = max(1, CHUNK // (columns.stop - columns.start))
-        chunks = []
         for first in range(0, len(W), step):
             rows = slice(first, first + step)
             x = W[rows, columns].unflatten(1, (-1, length)).transpose(0, 1)
             ends = [end[rows, groups].T[..., None] * shrink for end in (low, high)]
-            chunks.append(_best(x, blocks, scales_from_range(ends[0], ends[1], scheme), scheme))
-        found.append(_joined(chunks, 1))
-    best = _joined(found, 0)
-    pos = best.pos.T.contiguous()
-    neg = best.neg.T.contiguous() if scheme.two_scales else pos
-    return GroupScales(pos, neg, None if best.zero is None else best.zero.T.contiguous())
+            found = _best(x, blocks, scales_from_range(ends[0], ends[1], scheme), scheme)
+            best.pos[rows, groups] = found.pos.T
+            if scheme.two_scales:
+                best.neg[rows, groups] = found.neg.T
+            if best.zero is not None and found.zero is not None:
+                best.zero[rows, groups] = found.zero.T
+    return best
 
 
 def _best(x: Tensor, H: Tensor, candidates: GroupScales, scheme: Scheme) -> GroupScales:
@@ -154,10 +155,3 @@ def _lowest(error: Tensor) -> Tensor:
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table.gather(-1, index[..., None]).squeeze(-1)
-
-
-def _joined(scales: list[GroupScales], dim: int) -> GroupScales:
-    pos = torch.cat([s.pos for s in scales], dim)
-    neg = pos if scales[0].neg is scales[0].pos else torch.cat([s.neg for s in scales], dim)
-    zeros = [s.zero for s in scales if s.zero is not None]
-    return GroupScales(pos, neg, torch.cat(zeros, dim) if zeros else None)

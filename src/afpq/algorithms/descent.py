@@ -68,7 +68,10 @@ def _refit(codes: Tensor, G: Tensor, Hb: Tensor, Q: Tensor, scales: GroupScales,
     gradient = [(u * G).sum(0) for u in sides]
     step = _solve([[(u * hu).sum(0) for hu in HU] for u in sides], gradient)
     old = [scales.pos, scales.neg][: len(sides)]
-    new = [stored((s.float() + d).clamp(min=0.25 * s.float(), max=4 * s.float()), scheme) for s, d in zip(old, step)]
+    new = [
+        stored((s.float() + d).clamp(min=0.25 * s.float(), max=4 * s.float()), scheme, saturate=True)
+        for s, d in zip(old, step)
+    ]
     changed = sum((n.float() - s.float()) * u for n, s, u in zip(new, old, sides))
     assert isinstance(changed, Tensor)
     better = (changed * (2 * G + Hb @ changed)).sum(0) < 0

@@ -11,6 +11,7 @@ as uninitialized memory, with a warning at most.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from afpq.linear import AfpqLinear
 from afpq.packing import layout, to_tensors
 from afpq.pipeline import solve
 from afpq.scheme import Recipe
-from afpq.source import require_tensor, tensor_headers
+from afpq.source import TensorInfo, find_tensor, require_tensor, tensor_headers
 
 
 class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -91,12 +92,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         recipe, kept = self.quantization_config.recipe()
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
+        headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         # A saved model lists every linear it kept; the blocks matter only while deciding.
         candidates = _all_linears(model) if self.pre_quantized else find_linears(model)
         converted: set[str] = set()
         for name, linear in candidates:
-            scheme = recipe.scheme_for(name)
-            if scheme is None or is_kept(name, kept):
+            saved = _saved_name(name, headers, model.base_model_prefix)
+            scheme = recipe.scheme_for(saved)
+            if scheme is None or is_kept(saved, kept):
                 continue
             layer = AfpqLinear(
                 linear.in_features, linear.out_features, scheme, linear.bias is not None, "meta", linear.weight.dtype
@@ -109,13 +112,13 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
         if self.pre_quantized:
             if checkpoint_files is not None:
-                _check_headers(model, checkpoint_files)
+                _check_headers(model, headers)
         else:
             rest = {name for name, _ in _all_linears(model)}
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        if self.failures:  # Transformers logs errors of `convert` and goes on
+        if self.failures:
             raise self.failures[0]
         for name, module in model.named_modules():
             if isinstance(module, AfpqLinear) and "weight" in module._parameters:
@@ -157,8 +160,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             try:
                 solved = solve(name, weight, layer.scheme, self.quantizer.quantization_config.recipe()[0])
             except AfpqError as error:
+                # Transformers would swallow it; raised once all is loaded, so what stands here meanwhile is never used.
                 self.quantizer.failures.append(error)
-                raise
+                solved = solve(name, torch.zeros_like(weight), layer.scheme, Recipe(layer.scheme))
             del layer._parameters["weight"]
             if missing_keys is not None:
                 missing_keys.discard(name)
@@ -170,14 +174,29 @@ def _all_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _check_headers(model: PreTrainedModel, files: list[str]) -> None:
+def _headers_of(file: str) -> dict[str, TensorInfo]:
+    """Of a safetensors file; of anything else none, since only those are ours."""
+    return tensor_headers(Path(file)) if file.endswith(".safetensors") else {}
+
+
+def _saved_name(name: str, headers: Mapping[str, TensorInfo], base: str) -> str:
+    """The name that patterns of the config mean: with the base model's prefix, also where the head is not loaded."""
+    for part in ("weight", "qweight"):
+        found = find_tensor(headers, f"{name}.{part}", base)
+        if found is not None:
+            return found.removesuffix(f".{part}")
+    return name
+
+
+def _check_headers(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> None:
     """Every tensor of every AfpqLinear is in the checkpoint, with its dtype and shape; else AfpqError names it."""
-    infos = {key: info for file in files for key, info in tensor_headers(Path(file)).items()}
     for name, module in model.named_modules():
         if not isinstance(module, AfpqLinear):
             continue
         for part, (dtype, shape) in layout(module.scheme, module.out_features, module.in_features).items():
             require_tensor(infos, f"{name}.{part}", model.base_model_prefix, dtype, shape)
+        if module.bias is not None and find_tensor(infos, f"{name}.bias", model.base_model_prefix) is None:
+            raise AfpqError(f"tensor {name}.bias is not in the checkpoint; its files or its config are incomplete")
 
 
 def _plain_linear(layer: AfpqLinear, dtype: torch.dtype) -> nn.Linear:

@@ -49,7 +49,7 @@ def _linear_backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = torch.ops.afpq.dequantize(*context.saved_tensors, *context.book, context.in_features, grad.dtype)
         grad_x = grad @ weight
     if context.has_bias and context.needs_input_grad[5]:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
