@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--calibration-text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", default="rtn,rtn:mse,gptq,awq,awq+gptq")
+    parser.add_argument("--schemes", help="instead of all schemes of --formats: nf3-asym-g128,...")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=200)
@@ -92,7 +93,8 @@ def main() -> None:
     reference = [logits.clone() for logits in logits_of(original, text)]
     print(f"float perplexity {evaluate(original, text).perplexity:.3f}", flush=True)
     for method in arguments.methods.split(","):
-        for scheme in schemes(arguments.formats.split(",")):
+        chosen = arguments.schemes.split(",") if arguments.schemes else schemes(arguments.formats.split(","))
+        for scheme in chosen:
             if (scheme, method) not in done:
                 rows.append(run(arguments, scheme, method, text, reference))
                 with open(arguments.out, "a", encoding="utf-8") as file:

@@ -62,7 +62,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """`afpq ARGUMENTS` as a process of its own."""
     command = [sys.executable, "-m", "afpq", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, preexec_fn=_hear_interrupts, **options)
+
+
+def _hear_interrupts() -> None:
+    """A shell starts background jobs deaf to SIGINT, and their children inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish(process: subprocess.Popen[str]) -> Result:

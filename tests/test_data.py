@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from afpq import AfpqError
-from afpq.data import read_text, tokenize, windows
+from afpq.data import read_text, sample_windows, tokenize, windows
 
 
 def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
@@ -98,3 +98,20 @@ def test_too_few_tokens_are_an_error(count: int, length: int, limit: int | None)
 def test_windows_too_short_to_predict_anything_are_an_error(length: int) -> None:
     with pytest.raises(AfpqError, match="length"):
         windows(torch.arange(20), length)
+
+
+def test_calibration_windows_are_seeded_and_spread_over_the_text() -> None:
+    tokens = torch.arange(1000)
+    drawn = sample_windows(tokens, 10, 32, seed=3)
+    assert drawn.shape == (10, 32) and torch.equal(drawn, sample_windows(tokens, 10, 32, seed=3))
+    assert not torch.equal(drawn, sample_windows(tokens, 10, 32, seed=4))
+    assert (drawn == drawn[:, :1] + torch.arange(32)).all()  # windows of the stream, unchanged
+    starts = drawn[:, 0]
+    part = (1000 - 32 + 1) / 10
+    assert ((starts // part).long() == torch.arange(10)).all()  # one in each tenth
+
+
+def test_calibration_text_shorter_than_a_window_is_used_whole() -> None:
+    assert torch.equal(sample_windows(torch.arange(5), 8, 32, seed=0), torch.arange(5)[None])
+    with pytest.raises(AfpqError, match="calibration text"):
+        sample_windows(torch.arange(1), 8, 32, seed=0)

@@ -82,14 +82,16 @@ def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tenso
 
 
 def sample_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """`count` random windows [count, length] of the stream, the same for the same seed.
+    """`count` windows [count, length], one at a random place in each of `count` equal parts of the stream.
 
-    A text of fewer than `length` tokens gives a single window of all of it. Raises AfpqError for fewer than two tokens.
+    The same seed draws the same. Parts make sure that all of the text is heard, whose kind may change along the way. A
+    text of at most `length` tokens gives a single window of all of it. Raises AfpqError for fewer than two tokens.
     """
     if len(tokens) < 2:
         raise AfpqError(f"calibration text of {len(tokens)} tokens: at least 2 are needed, and thousands are better")
     if len(tokens) <= length:
         return tokens[None]
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
+    places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
+    starts = (places / count * (len(tokens) - length + 1)).long()
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
