@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,3 +116,18 @@ def test_calibration_text_shorter_than_a_window_is_used_whole() -> None:
     assert torch.equal(sample_windows(torch.arange(5), 8, 32, seed=0), torch.arange(5)[None])
     with pytest.raises(AfpqError, match="calibration text"):
         sample_windows(torch.arange(1), 8, 32, seed=0)
+
+
+@pytest.mark.parametrize(("calibration", "split"), [(False, "test"), (True, "train")])
+def test_calibration_never_reads_the_split_that_is_measured(
+    monkeypatch: pytest.MonkeyPatch, calibration: bool, split: str
+) -> None:
+    asked: list[str] = []
+
+    def load_dataset(path: str, configuration: str, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append(split)
+        return [{"text": "some"}, {"text": "words"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text(None, "wikitext2", calibration) == "some\n\nwords"
+    assert asked == [split]

@@ -123,7 +123,7 @@ def quantize(
     )
     settings = CalibrationSettings(samples, seq_len, seed, device)
     check_json_place(json)
-    content = read_text(text, dataset) if text is not None or dataset is not None else None
+    content = read_text(text, dataset, calibration=True) if text is not None or dataset is not None else None
     with quiet_transformers():
         job = prepare(model, recipe, text=content, settings=settings, trust_remote_code=trust_remote_code)
         if not dry_run:

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from afpq.api import Job
+from afpq.blocks import find_blocks
 from afpq.checkpoint import write_json
 from afpq.errors import AfpqError
 from afpq.estimate import Estimate
+from afpq.folds import folds_of
 from afpq.plan import Plan
+from afpq.scheme import METHODS
 
 # Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -38,6 +41,11 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     if plan.kept:
         names = ", ".join(plan.kept[:8]) + (f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else "")
         console.print(f"left as they were: {names}")
+    if METHODS[plan.recipe.method].transform == "awq" and not any(folds_of(b.module) for b in find_blocks(job.model)):
+        errors.print(
+            "warning: no AWQ fold points are known for this architecture: its channels were not scaled, only clipped",
+            style="bold yellow",
+        )
     if plan.coverage < LOW_COVERAGE:
         errors.print(
             f"warning: only {100 * plan.coverage:.1f} % of the blocks' weights are quantized; the rest stays large",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 
-# name -> (hub path, configuration, split, column), joined by blank lines as in the GPTQ papers
+# name -> (hub path, configuration, split to measure on, column), joined by blank lines as in the GPTQ papers;
+# calibration takes the training split, never the one that is measured on
 DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
@@ -20,14 +21,16 @@ DATASETS = {
 _C4_TEXTS = 1100  # the GPTQ papers read 256 windows of 2048 tokens; this many texts hold them
 
 
-def read_text(file: str | Path | None, dataset: str | None) -> str:
+def read_text(file: str | Path | None, dataset: str | None, calibration: bool = False) -> str:
     """The text of a UTF-8 file, or of a named dataset (needs `pip install 'afpq[eval]'` and the network).
+
+    A dataset's test split, or its training split for `calibration`.
 
     Raises AfpqError for neither or both, an unreadable or empty file, an unknown name.
     """
     if (file is None) == (dataset is None):
         raise AfpqError("give either a text file (--text FILE) or a dataset (--dataset NAME)")
-    text = _dataset_text(dataset) if dataset is not None else _file_text(Path(str(file)))
+    text = _dataset_text(dataset, calibration) if dataset is not None else _file_text(Path(str(file)))
     if not text.strip():
         raise AfpqError(f"{file or dataset}: no text in it")
     return text
@@ -42,7 +45,7 @@ def _file_text(path: Path) -> str:
         raise AfpqError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def _dataset_text(name: str) -> str:
+def _dataset_text(name: str, calibration: bool) -> str:
     if name not in DATASETS:
         raise AfpqError(f"dataset {name!r}; known: {', '.join(DATASETS)}; or use --text FILE")
     try:
@@ -50,6 +53,7 @@ def _dataset_text(name: str) -> str:
     except ImportError:
         raise AfpqError(f"dataset {name!r} needs the datasets package: pip install 'afpq[eval]'") from None
     path, configuration, split, column = DATASETS[name]
+    split = "train" if calibration else split
     try:
         rows = datasets.load_dataset(path, configuration, split=split, streaming=name == "c4")
     except Exception as error:  # datasets raises many kinds: no network, moved, gated
