@@ -63,7 +63,7 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """`afpq ARGUMENTS` as a process of its own."""
     command = [sys.executable, "-m", "afpq", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, preexec_fn=_hear_interrupts, **options)
+    return subprocess.Popen(command, **pipes, text=True, **{"preexec_fn": _hear_interrupts, **options})
 
 
 def _hear_interrupts() -> None:
@@ -526,7 +526,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(cli: Cli, larger: Path,
 @pytest.mark.timeout(3600)
 def test_two_scales_beat_one_and_integers_on_a_real_model(cli: Cli, shared: Path, tmp_path: Path) -> None:
     perplexity: dict[str, float] = {}
-    measure = ("--text", shared / "text" / "wikitext2-test.txt", "--seq-len", "512", "--max-tokens", "102400")
+    measure = ("--text", shared / "text" / "wikitext2-test.txt", "--seq-len", "512", "--max-tokens", "51200")
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     for format, side in (("nf3", "asym"), ("nf3", "sym"), ("int3", "asym")):
