@@ -90,7 +90,15 @@ def test_layout_by_hand(bits: int, codes: list[int], packed: list[int]) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_views_pack_like_their_copies(bits: int) -> None:
     codes = torch.randint(2**bits, (34, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for view in (codes[:, 1:], codes.T, codes[3], codes[1:, 1:33], codes[::2, ::3], codes[:32, :1].T):
+    for view in (
+        codes[:, 1:],
+        codes.T,
+        codes[3],
+        codes[1:, 1:33],
+        codes[::2, ::3],
+        codes[:32, :1].T,
+        codes.view(-1)[1:65],
+    ):
         assert torch.equal(pack(view, bits), pack(view.clone(memory_format=torch.contiguous_format), bits))
     packed = pack(codes, bits)
     assert torch.equal(unpack(packed[3:5], bits, 65), codes[3:5])
