@@ -5,6 +5,7 @@ For a group w with code book c (arXiv 2311.01792, algorithm 1):
 
     s_pos = max(w, 0) / c_max        s_neg = -min(w, 0) / |c_min|
     code  = nearest value to w / s_pos where w >= 0, to w / s_neg where w < 0; a tie takes the lower value
+            (integers: the even code, as the authors' torch.round does)
     back  = value * (s_pos if value >= 0 else s_neg)
 
 Symmetric: both scales are the larger one. Integers divide by half the book's range when symmetric, and have a scale

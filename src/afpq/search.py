@@ -48,7 +48,7 @@ class _Search:
     def __init__(self, x: Tensor, importance: Tensor | None, scheme: Scheme) -> None:
         self.scheme = scheme
         self.sorted, order = x.sort(-1)
-        weight = torch.ones(x.shape) if importance is None else importance.expand(x.shape).gather(-1, order)
+        weight = torch.ones_like(x) if importance is None else importance.expand(x.shape).gather(-1, order)
         # float64: the sums at two boundaries are subtracted, and a group may be a row of thousands
         self.h = torch.nn.functional.pad(weight.double().cumsum(-1), (1, 0))
         self.hw = torch.nn.functional.pad((weight.double() * self.sorted).cumsum(-1), (1, 0))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.groups import GroupScales, QuantizedWeight, encode, fit_scales
-from afpq.scheme import Scheme
+from afpq.scheme import SCALE_SEARCHES, Scheme
 from afpq.search import search_scales
 
 CHUNK = 2**18  # weights rounded at a time: temporaries of this size stay in the cache
@@ -24,6 +24,8 @@ def quantize_rtn(
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise AfpqError(f"expected a matrix with at least one weight, got shape {tuple(weight.shape)}")
+    if scale_search not in SCALE_SEARCHES:
+        raise AfpqError(f"scale search {scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found: list[GroupScales] = []
     for first in range(0, len(weight), max(1, CHUNK // weight.shape[1])):
