@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 ORDER = [
     "errors", "version", "formats", "scheme", "groups", "search",
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
-    "packing", "kernels.reference", "kernels", "linear", "blocks", "folds", "calibrate",
+    "packing", "kernels.reference", "kernels.cpu", "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "loading", "api",
     "info", "estimate", "evaluate", "report", "demo", "__init__", "console", "cli", "__main__",

@@ -75,6 +75,11 @@ class Activations:
             rows = slice(first, first + size)
             yield rows, self.tensor[rows].to(device)
 
+    def sample(self, device: torch.device) -> Tensor:
+        """One batch of windows spread evenly over all: what a search with many forward passes can afford."""
+        size = batch_size(*self.tensor.shape[:2])
+        return self.tensor[torch.linspace(0, len(self.tensor) - 1, size).round().long()].to(device)
+
 
 def batch_size(windows: int, length: int) -> int:
     """Windows in a batch: what BATCH_TOKENS holds, and a divisor of all, since calls are recorded for one size."""

@@ -9,7 +9,6 @@ its successor's are complete and the block is recorded as finished, so that a ru
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -41,8 +40,6 @@ from afpq.pipeline import LayerLog, UnitResult, relative_error, unit_tensors
 from afpq.plan import OUTSIDE, Plan, Target, Unit
 from afpq.scheme import METHODS, Recipe
 from afpq.transforms import awq_scale
-
-AWQ_BATCHES = 4  # of at most BATCH_TOKENS tokens, for the search of channel scales
 
 
 @dataclass(frozen=True)
@@ -169,8 +166,8 @@ class _Runner:
         stored: dict[str, torch.dtype],
     ) -> str:  # fmt: skip
         """AWQ's channel scales, in place; what to note of them."""
-        batches = [hidden for _, hidden in itertools.islice(inputs.batches(self.device), AWQ_BATCHES)]
-        ratios = awq_scale(block, call, batches, {name: t.scheme for name, t in targets.items()}, stored)
+        schemes = {name: t.scheme for name, t in targets.items()}
+        ratios = awq_scale(block, call, inputs.sample(self.device), schemes, stored)
         if not ratios:
             return f"no fold points are known for {type(block).__name__}: not scaled"
         return "; ".join(f"{fold}: error x {ratio:.3f}" for fold, ratio in ratios.items())

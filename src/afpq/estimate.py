@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from afpq.algorithms import quantize_rtn
+from afpq.calibrate import BATCH_TOKENS
 from afpq.plan import OUTSIDE, Plan, Target
 from afpq.scheme import METHODS
+from afpq.search import RATIOS
 
 BASE_BYTES = 600_000_000  # the process itself: torch, transformers, tokenizer
+AWQ_GRID, FOLDS = 21, 4  # candidates tried for each fold, folds of a usual block
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,14 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     widest = max(max(t.shape[1] for t in plan.targets), 1)
     width = min(t.shape[1] for t in plan.targets)
     moments = (8 if method.solver == "gptq" else 2) * 4 * widest**2
-    memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + 64 * 4096 * widest
+    batch = 6 * 4 * BATCH_TOKENS * widest  # what a forward pass holds, in float32
+    memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + batch
     states = 4 * windows[0] * windows[1] * width
     flops = _calibration_flops(plan, windows[0] * windows[1], beside)
+    if method.transform == "awq":
+        flops += _awq_flops(plan, windows[0] * windows[1])
+        rounding = _rate(lambda: quantize_rtn(_WEIGHT, plan.recipe.scheme))
+        solve += AWQ_GRID * sum(t.elements for t in plan.targets) / rounding
     return Estimate(memory, states * (4 if beside else 2), solve + flops / _flops())
 
 
@@ -55,6 +63,14 @@ def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:
     solving = sum(4 * n**3 for n in _inputs(plan.targets)) if solver == "gptq" else 0
     columns = sum(2 * t.elements * t.shape[1] * (2 + plan.recipe.gptq.sweeps) for t in plan.targets)
     return forward + moments + solving + (columns if solver == "gptq" else 0)
+
+
+def _awq_flops(plan: Plan, tokens: int) -> float:
+    """A forward pass of a part of the block (half of it, on average) for each fold and candidate; the clips."""
+    elements = sum(t.elements for t in plan.targets)
+    search = AWQ_GRID * FOLDS * 2 * min(tokens, BATCH_TOKENS) * elements / 2
+    clips = sum(2 * t.elements * t.scheme.span(t.shape[1]) * 2 * len(RATIOS) for t in plan.targets)
+    return search + (clips if METHODS[plan.recipe.method].solver != "gptq" else 0)
 
 
 def _inputs(targets: list[Target]) -> list[int]:

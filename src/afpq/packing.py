@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Codes <-> bytes, and the one saved layout of a quantized weight. All byte tensors are uint8.
 
-Along the last dimension, k = 0, 1, 2, ...:
-  8 bits  one code a byte
-  4 bits  two codes a byte, the even k in the low nibble
-  2 bits  four codes a byte, the lowest k in the lowest bits
-  3 bits  32 codes in 12 bytes: three planes of 4 bytes; bit i of plane p is bit p of code i (little-endian)
-A row that does not fill its last byte (or its last 32 codes) is padded with zeros.
+The last dimension, k = 0, 1, 2, ..., is one little-endian stream of bits: code k is bits `bits * k` and up. So 8 bits
+are a code a byte, 4 bits two (the even k in the low nibble), 2 bits four, and 3 bits eight codes in three bytes. A row
+that does not fill its last byte (3 bits: its last three) is padded with zeros. CPU kernels read this as it is.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,11 +17,11 @@ from afpq.scheme import Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
-_UNIT = {2: (4, 1), 3: (32, 12), 4: (2, 1), 8: (1, 1)}  # bits -> (codes, bytes) of the smallest whole unit
+_UNIT = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> (codes, bytes) of the smallest whole unit
 
-# A 64-bit word holding eight bytes of 0 or 1, times _GATHER, has those eight bits side by side in its top byte.
-_ONES = 0x0101010101010101
-_GATHER = 0x0102040810204080
+# 8 fields of 3 bits, a byte each, become 24 bits in three steps, each joining neighbours: (shift, mask of 64 bits)
+_JOIN_3 = ((5, 0x003F003F003F003F), (10, 0x00000FFF00000FFF), (20, 0x0000000000FFFFFF))
+_PART_3 = ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))
 
 
 def spec_bytes(spec: Spec) -> int:
@@ -55,8 +50,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return (fours | fours >> 6 | fours >> 12 | fours >> 18).to(torch.uint8).view(*rows, -1)
     if bits == 3:
         eights = codes.flatten().view(torch.int64).view(*rows, -1)
-        planes = [((eights >> plane & _ONES) * _GATHER >> 56).to(torch.uint8) for plane in range(3)]
-        return torch.stack([p.unflatten(-1, (-1, 4)) for p in planes], -2).flatten(-3)
+        for shift, mask in _JOIN_3:
+            eights = (eights | eights >> shift) & mask
+        return eights.view(torch.uint8).view(*rows, -1, 8)[..., :3].flatten(-2)
     return codes
 
 
@@ -67,19 +63,13 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     elif bits == 2:
         codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
     elif bits == 3:
-        planes = _spread(packed.device)[packed.unflatten(-1, (-1, 3, 4)).int()]
-        words = planes[..., 0, :] | planes[..., 1, :] << 1 | planes[..., 2, :] << 2
-        codes = words.contiguous().view(torch.uint8).flatten(-2)
+        words = pad(packed.unflatten(-1, (-1, 3)), (0, 5)).view(torch.int64).squeeze(-1)
+        for shift, mask in _PART_3:
+            words = (words | words << shift) & mask
+        codes = words.view(torch.uint8)
     else:
         codes = packed
     return codes[..., :count]
-
-
-@lru_cache(maxsize=8)
-def _spread(device: torch.device) -> Tensor:
-    """[256] int64: byte -> eight bytes holding its bits, the lowest first."""
-    bits = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-    return bits.contiguous().view(torch.int64).flatten().to(device)
 
 
 def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spec]:

@@ -19,21 +19,21 @@ from afpq.scheme import Scheme
 def awq_scale(
     block: nn.Module,
     call: BlockCall,
-    batches: list[Tensor],
+    hidden: Tensor,
     schemes: Mapping[str, Scheme],
     stored: Mapping[str, torch.dtype],
 ) -> dict[str, float]:
     """Scale a float block's channels in place so that rounding hurts its outputs less; its function stays.
 
-    `batches` are hidden states that enter the block, `schemes` the linears to be quantized, `stored` the dtype each
-    parameter will be saved in: parameters that are not quantized end up rounded to it. Returns, by the fold's
+    `hidden` is a batch of hidden states that enter the block, `schemes` the linears to be quantized, `stored` the dtype
+    each parameter will be saved in: parameters that are not quantized end up rounded to it. Returns, by the fold's
     producer, the error left relative to that without scaling; empty where the family has no known folds.
     """
     ratios: dict[str, float] = {}
     for fold in folds_of(block):
         if not any(name in schemes for name in fold.linears):
             continue
-        ratio, scales = _search(block, fold, call, batches, schemes)
+        ratio, scales = _search(block, fold, call, hidden, schemes)
         if ratio < 1:
             apply_fold(block, fold, scales, stored.get(f"{fold.previous}.weight"))
         ratios[f"{fold.previous} -> {', '.join(fold.linears)}"] = ratio
@@ -45,20 +45,20 @@ def awq_scale(
 
 
 def _search(
-    block: nn.Module, fold: Fold, call: BlockCall, batches: list[Tensor], schemes: Mapping[str, Scheme]
+    block: nn.Module, fold: Fold, call: BlockCall, hidden: Tensor, schemes: Mapping[str, Scheme]
 ) -> tuple[float, Tensor]:
     """(error left relative to no scaling, the scales)."""
     inside = block.get_submodule(fold.inside) if fold.inside else block
-    calls = [_call_of(block, inside, call, hidden) for hidden in batches]
-    wanted = [_run(inside, args, kwargs) for args, kwargs in calls]
-    magnitude = torch.cat([input_of(block, fold.linears[0], call, hidden) for hidden in batches]).abs().mean(0)
+    args, kwargs = _call_of(block, inside, call, hidden)
+    wanted = _run(inside, args, kwargs)
+    magnitude = input_of(block, fold.linears[0], call, hidden).abs().mean(0)
     weights = fold_weights(block, fold)
     originals = [weight.clone() for weight in weights]
 
     def loss(approximations: list[Tensor]) -> float:
         for weight, approximation in zip(weights, approximations):
             weight.copy_(approximation)
-        error = sum((_run(inside, *c) - y).square().sum().item() for c, y in zip(calls, wanted))
+        error = (_run(inside, args, kwargs) - wanted).square().sum().item()
         for weight, original in zip(weights, originals):
             weight.copy_(original)
         return error

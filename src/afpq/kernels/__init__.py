@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afpq.kernels import reference
+from afpq.kernels import cpu, reference
+from afpq.kernels.cpu import set_compute
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? scales_neg, Tensor? zeros"
 _BOOK = "float[] codebook, int bits, int group_size"
@@ -25,6 +26,8 @@ torch.library.define("afpq::linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_BOO
 torch.library.define("afpq::dequantize", f"({_WEIGHT}, {_BOOK}, int in_features, ScalarType dtype) -> Tensor")
 torch.library.impl("afpq::linear", "default", reference.linear)
 torch.library.impl("afpq::dequantize", "default", reference.dequantize)
+torch.library.impl("afpq::linear", "CPU", cpu.linear)
+torch.library.impl("afpq::dequantize", "CPU", cpu.dequantize)
 
 
 def _linear_fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
@@ -59,3 +62,5 @@ torch.library.register_autograd("afpq::linear", _linear_backward, setup_context=
 
 linear = torch.ops.afpq.linear
 dequantize = torch.ops.afpq.dequantize
+
+__all__ = ["dequantize", "linear", "set_compute"]
