@@ -25,7 +25,8 @@ SOURCES: dict[str, list[str]] = {
     "csrc/afpq.cpp": [],
     "csrc/isa.cpp": [],
     "csrc/kernels_portable.cpp": [],
-    "csrc/kernels_avx2.cpp": AVX2,
+    "csrc/avx2_exact.cpp": AVX2,
+    "csrc/avx2_int8.cpp": AVX2,
     "csrc/kernels_avx512.cpp": AVX512,
     "csrc/kernels_amx.cpp": AMX,
 }
@@ -59,7 +60,11 @@ class AnyPython(bdist_wheel):
 
 
 native = Extension(
-    "afpq.kernels.libafpq_cpu", sources=list(SOURCES), depends=["csrc/afpq.h"], language="c++", optional=True
+    "afpq.kernels.libafpq_cpu",
+    sources=list(SOURCES),
+    depends=["csrc/afpq.h", "csrc/avx2.h"],
+    language="c++",
+    optional=True,
 )
 setup(
     ext_modules=[] if sys.platform == "win32" else [native],

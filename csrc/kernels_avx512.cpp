@@ -22,6 +22,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#define UNROLL _Pragma("GCC unroll 6") // before arrays of registers are taken apart: otherwise they stay in memory
+
 namespace afpq {
 namespace {
 
@@ -137,31 +139,39 @@ void row_scales(const Weight &w, int64_t row, int64_t first, int64_t last, float
 
 // ---- exact arithmetic
 
-// Calls use(place among the permuted inputs, 0..3, vector of weights) for units [first, last) of a row, first even.
+// Calls use(place among the permuted inputs, 0..3, vector of weights) for a pair of units. Inlined early, so that what
+// `use` refers to, the sums, stays in registers.
+template <int BITS, class LookUp, class Use>
+__attribute__((always_inline)) inline void decode_pair(const Weight &w, const uint8_t *codes, int64_t unit,
+                                                       LookUp look_up, Use use) {
+    const uint8_t *at = codes + unit * UNIT_BYTES<BITS>;
+    _mm_prefetch(reinterpret_cast<const char *>(at + AHEAD), _MM_HINT_T0);
+    const __m512i v = lanes<BITS>(load_pair(at, w.end));
+    use(unit * UNIT, 0, look_up(v));
+    use(unit * UNIT + 16, 1, look_up(_mm512_srli_epi32(v, BITS)));
+    use(unit * UNIT + 32, 2, look_up(_mm512_srli_epi32(v, 2 * BITS)));
+    use(unit * UNIT + 48, 3, look_up(_mm512_srli_epi32(v, 3 * BITS)));
+}
+
+// The same for units [first, last) of a row, first even.
 template <int BITS, class Use>
-inline void decode(const Weight &w, const Book &book, const uint8_t *codes, const float *pos, const float *neg,
-                   int64_t first, int64_t last, Use use) {
+__attribute__((always_inline)) inline void decode(const Weight &w, const Book &book, const uint8_t *codes,
+                                                  const float *pos, const float *neg, int64_t first, int64_t last,
+                                                  Use use) {
     const int64_t span = w.groups == 1 ? last : w.group / UNIT;
-    const auto pair = [&](int64_t unit, auto look_up) {
-        const uint8_t *at = codes + unit * UNIT_BYTES<BITS>;
-        _mm_prefetch(reinterpret_cast<const char *>(at + AHEAD), _MM_HINT_T0);
-        const __m512i v = lanes<BITS>(load_pair(at, w.end));
-        use(unit * UNIT, 0, look_up(v));
-        use(unit * UNIT + 16, 1, look_up(_mm512_srli_epi32(v, BITS)));
-        use(unit * UNIT + 32, 2, look_up(_mm512_srli_epi32(v, 2 * BITS)));
-        use(unit * UNIT + 48, 3, look_up(_mm512_srli_epi32(v, 3 * BITS)));
-    };
     for (int64_t unit = first; unit < last;) {
         const int64_t g = unit / span, stop = (g + 1) * span < last ? (g + 1) * span : last;
         const __m512 table = book.scaled(pos[g], neg[g]);
-        for (; unit + 2 <= stop; unit += 2) pair(unit, [&](__m512i v) { return _mm512_permutexvar_ps(v, table); });
+        const auto look_up = [table](__m512i v) { return _mm512_permutexvar_ps(v, table); };
+        for (; unit + 2 <= stop; unit += 2) decode_pair<BITS>(w, codes, unit, look_up, use);
         if (unit == stop) continue;
         // The group ends within a pair: its upper half is of the next group, or behind the last column.
         const int64_t next = unit + 1 < last ? g + 1 : g;
         const __m512 upper = book.scaled(pos[next], neg[next]);
-        pair(unit, [&](__m512i v) {
+        const auto look_up_both = [table, upper](__m512i v) {
             return _mm512_mask_permutexvar_ps(_mm512_permutexvar_ps(v, table), 0xff00, v, upper);
-        });
+        };
+        decode_pair<BITS>(w, codes, unit, look_up_both, use);
         unit += 2;
     }
 }
@@ -179,8 +189,7 @@ template <int BITS> void exact_one(const Weight &w, const Inputs &in, int64_t be
     const int64_t units = (w.columns + UNIT - 1) / UNIT;
     for (int64_t row = begin; row < end; row++) {
         row_scales(w, row, 0, w.groups, pos, neg);
-        __m512 acc[4];
-        for (int i = 0; i < 4; i++) acc[i] = _mm512_setzero_ps();
+        __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
         const auto use = [&](int64_t at, int i, __m512 weights) {
             acc[i] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(in.x + at), acc[i]);
         };
@@ -200,24 +209,24 @@ inline __m256 halves(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v),
 template <int64_t R, int64_t T>
 inline void tile(const float *weights, const float *x, int64_t stride, int64_t count, float *y, int64_t y_stride) {
     __m512 acc[R][T];
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_ps();
     for (int64_t k = 0; k < count; k += 16) {
         __m512 v[T];
-        for (int t = 0; t < T; t++) v[t] = _mm512_loadu_ps(x + t * stride + k);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int t = 0; t < T; t++) v[t] = _mm512_loadu_ps(x + t * stride + k);
+        UNROLL for (int r = 0; r < R; r++) {
             const __m512 u = _mm512_load_ps(weights + r * count + k);
-            for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(u, v[t], acc[r][t]);
+            UNROLL for (int t = 0; t < T; t++) acc[r][t] = _mm512_fmadd_ps(u, v[t], acc[r][t]);
         }
     }
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
         if constexpr (R == 4) { // four sums at once, neighbours in y
             const __m256 ab = _mm256_hadd_ps(halves(acc[0][t]), halves(acc[1][t]));
             const __m256 cd = _mm256_hadd_ps(halves(acc[2][t]), halves(acc[3][t])), sums = _mm256_hadd_ps(ab, cd);
             const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
             _mm_storeu_ps(y + t * y_stride, _mm_add_ps(_mm_loadu_ps(y + t * y_stride), four));
         } else {
-            for (int r = 0; r < R; r++) y[t * y_stride + r] += _mm512_reduce_add_ps(acc[r][t]);
+            UNROLL for (int r = 0; r < R; r++) y[t * y_stride + r] += _mm512_reduce_add_ps(acc[r][t]);
         }
     }
 }
@@ -350,14 +359,21 @@ inline void int8_row(const Weight &w, const Book &book, const Inputs &in, const 
     const int64_t chunks = in.stride / CHUNK;
     __m512i table = _mm512_setzero_si512();
     __m512 steps = _mm512_setzero_ps();
-    int64_t g = -1, left = 0; // units left of the group
+    __m128i bytes = _mm_setzero_si128(); // the group's
+    int64_t g = -1, left = 0;            // units left of the group
+    bool mixed = false;                  // the table is not the group's alone
     for (int64_t c = 0; c < chunks; c++, codes += UNITS * UNIT_BYTES<BITS>) {
         for (int64_t unit = 0; unit < UNITS;) {
-            if (left == 0) { // from here on, the next group's table; the last one also serves behind the last column
+            const bool next = left == 0;
+            if (next) { // the last group also serves behind the last column
                 g++;
                 left = g + 1 < w.groups ? w.group / UNIT : chunks * UNITS;
+                bytes = bytes_of(book, pos[g], neg[g]);
+            }
+            if (next || mixed) { // from this unit on
+                mixed = unit > 0;
                 const __mmask16 rest = static_cast<__mmask16>(0xffff << 4 * unit);
-                table = _mm512_mask_broadcast_i32x4(table, rest, bytes_of(book, pos[g], neg[g]));
+                table = _mm512_mask_broadcast_i32x4(table, rest, bytes);
                 steps = _mm512_mask_mov_ps(steps, rest, _mm512_set1_ps(step[g]));
             }
             const int64_t same = left < UNITS - unit ? left : UNITS - unit;
@@ -366,7 +382,7 @@ inline void int8_row(const Weight &w, const Book &book, const Inputs &in, const 
         _mm_prefetch(reinterpret_cast<const char *>(codes + AHEAD), _MM_HINT_T0);
         const Codes at = codes_of<BITS>(load_chunk(codes, w.end));
         const __m512i first = _mm512_shuffle_epi8(table, at.first), second = _mm512_shuffle_epi8(table, at.second);
-        for (int t = 0; t < T; t++) {
+        UNROLL for (int t = 0; t < T; t++) {
             const int8_t *q = in.q + t * in.stride + c * CHUNK;
             __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(q));
             sums = _mm512_dpbusd_epi32(sums, second, _mm512_loadu_si512(q + 64));
@@ -390,9 +406,9 @@ void int8_tokens(const Weight &w, const Inputs &in, int64_t begin, int64_t end, 
     for (int64_t row = begin; row < end; row++) {
         step_scales(w, largest, row, step, pos, neg);
         __m512 acc[T];
-        for (int t = 0; t < T; t++) acc[t] = _mm512_setzero_ps();
+        UNROLL for (int t = 0; t < T; t++) acc[t] = _mm512_setzero_ps();
         int8_row<BITS, T>(w, book, in, w.codes + row * w.row_bytes, step, pos, neg, acc);
-        for (int t = 0; t < T; t++) { // take off what storing the weights unsigned added
+        UNROLL for (int t = 0; t < T; t++) { // take off what storing the weights unsigned added
             __m512 offset = _mm512_setzero_ps();
             for (int64_t g = 0; g < padded; g += 16) {
                 const __m512 sums = _mm512_loadu_ps(input_sums + t * padded + g);

@@ -26,6 +26,7 @@ import afpq
 from afpq.cli import main
 from afpq.data import tokenize, windows
 from afpq.evaluate import evaluate
+from afpq.kernels import set_compute
 from afpq.source import WEIGHTS
 
 TEXT = "The quick brown fox jumps over the lazy dog; größer als nötig.\n" * 12
@@ -450,7 +451,18 @@ def test_a_model_that_lacks_a_weight(cli: Cli, tiny_copy: Path, text: Path, comm
     assert_refused(cli(command, tiny_copy, *(["--text", text] if command == "eval" else ["hello"])), name)
 
 
-@pytest.mark.parametrize("options", [[""], ["hello", "--max-new-tokens", "0"], ["hello", "--max-new-tokens", "x"]])
+def test_generate_in_either_arithmetic(cli: Cli, packed: Path) -> None:
+    """A random model of one token after the other: int8 may choose others, but says something."""
+    try:
+        assert cli("generate", packed, "a", "--max-new-tokens", "3", "--compute", "int8").code == 0
+    finally:
+        assert set_compute("exact") == "int8"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[""], ["a", "--max-new-tokens", "0"], ["a", "--max-new-tokens", "x"], ["a", "--compute", "int4"]],
+)
 def test_bad_options_of_generate(cli: Cli, packed: Path, options: list[str]) -> None:
     assert_refused(cli("generate", packed, *options))
 

@@ -6,6 +6,7 @@ from afpq.errors import AfpqError
 from afpq.formats import Format, custom_format, parse_format
 from afpq.groups import QuantizedWeight
 from afpq.integrations.transformers import AfpqConfig
+from afpq.kernels import set_compute
 from afpq.linear import AfpqLinear
 from afpq.scheme import GptqOptions, Recipe, Scheme, parse_scheme
 from afpq.version import __version__
@@ -25,4 +26,5 @@ __all__ = [
     "parse_format",
     "parse_scheme",
     "quantize",
+    "set_compute",
 ]

@@ -195,11 +195,14 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    compute: Annotated[str, typer.Option(help="Arithmetic on a CPU: exact, or int8, which is faster.")] = "exact",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Continue a text, greedily."""
+    from afpq.kernels import set_compute
     from afpq.loading import generate_text, load_model, load_tokenizer
 
+    set_compute(compute)
     with quiet_transformers():
         loaded, tokenizer = load_model(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
         text = generate_text(loaded, tokenizer, prompt, max_new_tokens)

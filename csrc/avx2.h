@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT
+// What the AVX2 + FMA + F16C kernels share. All of it is in an anonymous namespace, a copy for each file that includes it:
+// nothing compiled with these flags may be merged by the linker with code that runs elsewhere.
+#pragma once
+
+#include "afpq.h"
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace afpq {
+
+namespace avx2 { // one file each
+void permute_exact(const float *in, float *out, int64_t count, int32_t bits);
+void permute_int8(const int8_t *in, int8_t *out, int64_t count, int32_t bits);
+void exact(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
+void int8(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
+} // namespace avx2
+
+namespace {
+
+// ---- memory
+
+struct Scratch { // aligned, freed with its scope
+    explicit Scratch(int64_t count) : data(static_cast<float *>(aligned_alloc(64, (4 * count + 127) / 64 * 64))) {}
+    ~Scratch() { free(data); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    float *data;
+};
+
+template <int BITS> constexpr int64_t UNIT_BYTES = 4 * BITS;
+
+// 16 bytes that begin with a unit; with an `end`, near it, only what is there is read.
+struct Anywhere {}; // in place of `end`: there is enough behind
+inline __m128i load_unit(const uint8_t *unit, Anywhere) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i *>(unit));
+}
+inline __m128i load_unit(const uint8_t *unit, const uint8_t *end) {
+    if (unit + 16 <= end) return load_unit(unit, Anywhere());
+    alignas(16) uint8_t copy[16] = {};
+    if (unit < end) memcpy(copy, unit, static_cast<size_t>(end - unit));
+    return _mm_load_si128(reinterpret_cast<const __m128i *>(copy));
+}
+
+// Whether reading all of a row's units, rounded up to CHUNKs, stays inside the weight.
+template <int BITS> inline bool far_from_end(const Weight &w, const uint8_t *codes, int64_t units) {
+    return w.end - codes >= (units + CHUNK / UNIT) * UNIT_BYTES<BITS> + 16;
+}
+
+// Two units; in each vector the low half is of the first and the high half of the second.
+inline __m256i load_pair(const uint8_t *pair, Anywhere) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(pair));
+}
+inline __m256i load_pair(const uint8_t *pair, const uint8_t *end) {
+    return _mm256_set_m128i(load_unit(pair + 16, end), load_unit(pair, end));
+}
+
+// ---- scales of one row, float32
+
+inline int32_t zero_at(const Weight &w, int64_t row, int64_t group) {
+    const uint8_t *packed = w.zeros + group * w.zero_bytes;
+    const int64_t bit = row * w.bits, byte = bit / 8;
+    const uint32_t two = packed[byte] | (byte + 1 < w.zero_bytes ? packed[byte + 1] << 8 : 0);
+    return static_cast<int32_t>(two >> (bit % 8) & ((1u << w.bits) - 1));
+}
+
+inline void convert(const void *in, Kind kind, int64_t first, int64_t count, float *out) {
+    if (kind == FLOAT32) {
+        memcpy(out, static_cast<const float *>(in) + first, static_cast<size_t>(4 * count));
+        return;
+    }
+    const uint16_t *from = static_cast<const uint16_t *>(in) + first;
+    int64_t i = 0;
+    if (kind == FLOAT16) {
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
+        for (; i < count; i++) out[i] = _cvtsh_ss(from[i]);
+    } else {
+        for (; i < count; i++) {
+            const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+            memcpy(out + i, &bits, 4);
+        }
+    }
+}
+
+// pos and neg of a row's groups; with zeros, neg becomes zero * scale (exact: 11 bits times 4).
+inline void row_scales(const Weight &w, int64_t row, float *pos, float *neg) {
+    convert(w.pos, w.scale_kind, row * w.groups, w.groups, pos);
+    if (w.zeros)
+        for (int64_t g = 0; g < w.groups; g++) neg[g] = static_cast<float>(zero_at(w, row, g)) * pos[g];
+    else if (w.neg != w.pos)
+        convert(w.neg, w.scale_kind, row * w.groups, w.groups, neg);
+    else
+        memcpy(neg, pos, static_cast<size_t>(4 * w.groups));
+}
+
+inline float sum(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+} // namespace
+} // namespace afpq

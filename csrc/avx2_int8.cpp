@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: MIT
+// AVX2, int8 arithmetic for few tokens: as fast as memory, at an error of about 1 % of the outputs' size.
+#include "afpq.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "avx2.h"
+
+namespace afpq {
+namespace {
+
+// ---- int8 arithmetic: inputs of 8 bits times weights of 7 bits and an offset
+
+constexpr int OFFSET = 64; // weights are -63..63, stored 1..127: two products with inputs of 127 still fit 16 bits
+
+// The codes of two units as bytes to look up, the first unit in the low halves and the second in the high halves.
+struct Codes {
+    __m256i first, second;
+};
+
+template <class End> inline Codes codes4(const uint8_t *pair, End end) {
+    const __m256i v = load_pair(pair, end), nibble = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble)};
+}
+
+template <class End> inline Codes codes2(const uint8_t *pair, End end) {
+    const __m256i v = _mm256_cvtepu8_epi16(load_unit(pair, end)), mask = _mm256_set1_epi16(0x0303);
+    return {_mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 6)), mask),
+            _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(v, 4), _mm256_slli_epi16(v, 2)), mask)};
+}
+
+// A word for two codes, 6 bits: fetch the two bytes that hold them, shift right by multiplying high (there is no shift
+// by a different amount for each word), and move the upper code into the upper byte. Words begin 6 bits apart: at bit
+// 0, 6, 4, 2 of bytes 0, 0, 1, 2, and three bytes on it repeats. Bit 0 counts as bit 8 of the byte before.
+template <class End> inline Codes codes3(const uint8_t *pair, End end) {
+    const __m256i v = _mm256_set_m128i(load_unit(pair + 12, end), load_unit(pair, end));
+    const __m256i place[2] = {_mm256_setr_epi8(-1, 0, 0, 1, 1, 2, 2, -1, 2, 3, 3, 4, 4, 5, 5, -1, //
+                                               -1, 0, 0, 1, 1, 2, 2, -1, 2, 3, 3, 4, 4, 5, 5, -1),
+                              _mm256_setr_epi8(5, 6, 6, 7, 7, 8, 8, -1, 8, 9, 9, 10, 10, 11, 11, -1, //
+                                               5, 6, 6, 7, 7, 8, 8, -1, 8, 9, 9, 10, 10, 11, 11, -1)};
+    const __m256i shift = _mm256_setr_epi16(1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 8, 1 << 10, 1 << 12, 1 << 14, //
+                                            1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 8, 1 << 10, 1 << 12, 1 << 14);
+    const __m256i mask = _mm256_set1_epi8(7), upper = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
+    __m256i out[2];
+    for (int i = 0; i < 2; i++) {
+        const __m256i low = _mm256_mulhi_epu16(_mm256_shuffle_epi8(v, place[i]), shift);
+        out[i] = _mm256_and_si256(_mm256_blendv_epi8(low, _mm256_slli_epi16(low, 5), upper), mask);
+    }
+    return {out[0], out[1]};
+}
+
+template <int BITS, class End> inline Codes codes_of(const uint8_t *pair, End end) {
+    if constexpr (BITS == 4) return codes4(pair, end);
+    if constexpr (BITS == 3) return codes3(pair, end);
+    return codes2(pair, end);
+}
+// Which code of its unit is byte e (0..15) of vector v (first, second) of `codes_of`.
+template <int BITS> constexpr int place_of(int v, int e) {
+    return BITS == 4 ? 2 * e + v : BITS == 3 ? 16 * v + e : 4 * (e / 2) + 2 * v + e % 2;
+}
+
+template <int BITS> void permute_bits(const int8_t *in, int8_t *out, int64_t count) {
+    for (int64_t first = 0; first < count; first += 2 * UNIT)
+        for (int v = 0; v < 2; v++)
+            for (int half = 0; half < 2; half++)
+                for (int e = 0; e < 16; e++)
+                    out[first + 32 * v + 16 * half + e] = in[first + UNIT * half + place_of<BITS>(v, e)];
+}
+
+// The code book as words, and how a group's scales turn it into a table of bytes: book * (ratio of its side to the
+// larger one), or, with zero points, 4 * (code - zero), which is exact.
+struct WordBook {
+    __m256i book, side;
+    float step; // of a weight, in units of the larger scale
+    bool zeros;
+
+    static constexpr int BOOK = 4095, RATIO = 504; // BOOK * RATIO / 2^15 = 63
+
+    explicit WordBook(const Weight &w) : zeros(w.zeros != nullptr) {
+        float largest = 0;
+        for (int i = 0; i < 1 << w.bits; i++) largest = std::fmax(largest, std::fabs(w.book[i]));
+        step = zeros ? 0.25f : largest / 63;
+        alignas(32) int16_t values[16];
+        alignas(32) uint8_t sides[32];
+        for (int i = 0; i < 16; i++) {
+            const int code = i & ((1 << w.bits) - 1);
+            const float value = w.book[code];
+            values[i] = static_cast<int16_t>(zeros ? 4 * code : std::lrint(value / largest * BOOK));
+            sides[2 * i] = value < 0 && !zeros ? 2 : 0; // which half of the pair (pos, neg)
+            sides[2 * i + 1] = sides[2 * i] + 1;
+        }
+        book = _mm256_load_si256(reinterpret_cast<const __m256i *>(values));
+        side = _mm256_load_si256(reinterpret_cast<const __m256i *>(sides));
+    }
+    template <bool ZEROS> inline __m256i scaled(int32_t pair) const {
+        const __m256i s = _mm256_shuffle_epi8(_mm256_set1_epi32(pair), side);
+        const __m256i words = ZEROS ? _mm256_sub_epi16(book, s) : _mm256_mulhrs_epi16(book, s);
+        const __m256i shifted = _mm256_add_epi16(words, _mm256_set1_epi16(OFFSET));
+        return _mm256_permute4x64_epi64(_mm256_packus_epi16(shifted, shifted), 0x88);
+    }
+};
+
+// For a row's groups: what one integer step of a weight stands for, and the pair of words `scaled` takes.
+void word_scales(const Weight &w, const WordBook &book, int64_t row, float *unit, int32_t *pair, float *neg) {
+    convert(w.pos, w.scale_kind, row * w.groups, w.groups, unit);
+    if (book.zeros) {
+        for (int64_t g = 0; g < w.groups; g++) pair[g] = zero_at(w, row, g) * 4;
+        for (int64_t g = 0; g < w.groups; g++) unit[g] *= book.step;
+        return;
+    }
+    if (w.neg == w.pos) {
+        for (int64_t g = 0; g < w.groups; g++) pair[g] = WordBook::RATIO | WordBook::RATIO << 16;
+        for (int64_t g = 0; g < w.groups; g++) unit[g] *= book.step;
+        return;
+    }
+    convert(w.neg, w.scale_kind, row * w.groups, w.groups, neg);
+    const __m256 tiny = _mm256_set1_ps(1e-30f), ratio = _mm256_set1_ps(WordBook::RATIO), step = _mm256_set1_ps(book.step);
+    for (int64_t g = 0; g < w.groups; g += 8) { // the arrays are padded to whole vectors
+        const __m256 p = _mm256_load_ps(unit + g), n = _mm256_load_ps(neg + g);
+        const __m256 larger = _mm256_max_ps(_mm256_max_ps(p, n), tiny), inverse = _mm256_div_ps(ratio, larger);
+        const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse));
+        const __m256i high = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(n, inverse)), 16);
+        _mm256_store_si256(reinterpret_cast<__m256i *>(pair + g), _mm256_or_si256(low, high));
+        _mm256_store_ps(unit + g, _mm256_mul_ps(larger, step));
+    }
+}
+
+// sums[t] += the products of a pair of units with each token, in 8 partial sums.
+template <int T> inline void dot(Codes codes, __m256i table, const int8_t *q, int64_t stride, __m256i *sums) {
+    const __m256i w0 = _mm256_shuffle_epi8(table, codes.first), w1 = _mm256_shuffle_epi8(table, codes.second);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int t = 0; t < T; t++) {
+        const __m256i *x = reinterpret_cast<const __m256i *>(q + t * stride);
+        const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(w0, x[0]), ones);
+        const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(w1, x[1]), ones);
+        sums[t] = _mm256_add_epi32(sums[t], _mm256_add_epi32(low, high));
+    }
+}
+
+struct Int8Scales { // of one row; arrays padded to whole vectors
+    float *unit, *neg;
+    int32_t *pair;
+};
+
+// One row whose groups are whole CHUNKs (or one for the row). Behind the last column inputs are zero, so that the codes
+// there do not matter.
+template <int BITS, int T, bool ZEROS, class End>
+inline void int8_row(const Weight &w, const WordBook &book, const Inputs &in, const uint8_t *codes, End end,
+                     Int8Scales s, __m256 *acc) {
+    constexpr int64_t PAIRS = CHUNK / (2 * UNIT), BYTES = 2 * UNIT_BYTES<BITS>;
+    const int64_t chunks = in.stride / CHUNK, span = w.groups == 1 ? chunks : w.group / CHUNK;
+    const int8_t *q = in.q;
+    for (int64_t c = 0, g = 0; c < chunks; g++) {
+        const __m256i table = book.scaled<ZEROS>(s.pair[g]);
+        const __m256 unit = _mm256_broadcast_ss(s.unit + g);
+        for (const int64_t stop = c + span < chunks ? c + span : chunks; c < stop; c++) {
+            __m256i sums[T];
+            for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_si256();
+            for (int64_t i = 0; i < PAIRS; i++)
+                dot<T>(codes_of<BITS>(codes + i * BYTES, end), table, q + i * 2 * UNIT, in.stride, sums);
+            for (int t = 0; t < T; t++) {
+                const __m256 scale = _mm256_mul_ps(unit, _mm256_broadcast_ss(in.steps + t * chunks + c));
+                acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[t]), scale, acc[t]);
+            }
+            codes += PAIRS * BYTES;
+            q += CHUNK;
+        }
+    }
+}
+
+// One row of shorter groups, any multiple of UNIT: each half of a pair has a table of its own.
+template <int BITS, int T, bool ZEROS, class End>
+inline void int8_short_row(const Weight &w, const WordBook &book, const Inputs &in, const uint8_t *codes, End end,
+                           Int8Scales s, __m256 *acc) {
+    constexpr int64_t PAIRS = CHUNK / (2 * UNIT), BYTES = 2 * UNIT_BYTES<BITS>;
+    const int64_t units = (w.columns + UNIT - 1) / UNIT, span = w.group / UNIT, chunks = in.stride / CHUNK;
+    int64_t low = 0, left = span; // group of the next unit, units left in it
+    const auto next = [&]() {
+        const int64_t g = low;
+        if (--left == 0 && low + 1 < w.groups) low++, left = span;
+        return g;
+    };
+    for (int64_t p = 0; 2 * p < units; p++) {
+        const int64_t a = next(), b = next();
+        __m256i table = book.scaled<ZEROS>(s.pair[a]), sums[T];
+        if (a != b) table = _mm256_blend_epi32(table, book.scaled<ZEROS>(s.pair[b]), 0xf0);
+        for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_si256();
+        dot<T>(codes_of<BITS>(codes + p * BYTES, end), table, in.q + p * 2 * UNIT, in.stride, sums);
+        const __m256 unit = _mm256_set_m128(_mm_broadcast_ss(s.unit + b), _mm_broadcast_ss(s.unit + a));
+        for (int t = 0; t < T; t++) {
+            const __m256 scale = _mm256_mul_ps(unit, _mm256_broadcast_ss(in.steps + t * chunks + p / PAIRS));
+            acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[t]), scale, acc[t]);
+        }
+    }
+}
+
+template <int BITS, int T, bool ZEROS>
+inline void int8_any_row(const Weight &w, const WordBook &book, const Inputs &in, const uint8_t *codes, Int8Scales s,
+                         __m256 *acc) {
+    const bool whole = w.groups == 1 || w.group % CHUNK == 0, far = far_from_end<BITS>(w, codes, in.stride / UNIT);
+    if (whole && far) return int8_row<BITS, T, ZEROS>(w, book, in, codes, Anywhere(), s, acc);
+    if (whole) return int8_row<BITS, T, ZEROS>(w, book, in, codes, w.end, s, acc);
+    if (far) return int8_short_row<BITS, T, ZEROS>(w, book, in, codes, Anywhere(), s, acc);
+    int8_short_row<BITS, T, ZEROS>(w, book, in, codes, w.end, s, acc);
+}
+
+template <int BITS, int T>
+void int8_tokens(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
+    const WordBook book(w);
+    const int64_t padded = (w.groups + 7) / 8 * 8;
+    const Scratch scratch((3 + T) * padded);
+    const Int8Scales s = {scratch.data, scratch.data + padded, reinterpret_cast<int32_t *>(scratch.data + 2 * padded)};
+    float *input_sums = scratch.data + 3 * padded;
+    memset(scratch.data, 0, static_cast<size_t>(4 * (3 + T) * padded));
+    for (int t = 0; t < T; t++)
+        memcpy(input_sums + t * padded, in.sums + t * w.groups, static_cast<size_t>(4 * w.groups));
+    for (int64_t row = begin; row < end; row++) {
+        const uint8_t *codes = w.codes + row * w.row_bytes;
+        word_scales(w, book, row, s.unit, s.pair, s.neg);
+        __m256 acc[T];
+        for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_ps();
+        if (book.zeros)
+            int8_any_row<BITS, T, true>(w, book, in, codes, s, acc);
+        else
+            int8_any_row<BITS, T, false>(w, book, in, codes, s, acc);
+        for (int t = 0; t < T; t++) { // take off what storing the weights unsigned added
+            __m256 offset = _mm256_setzero_ps();
+            for (int64_t g = 0; g < padded; g += 8)
+                offset = _mm256_fmadd_ps(_mm256_load_ps(s.unit + g), _mm256_load_ps(input_sums + t * padded + g), offset);
+            y[t * w.rows + row] = sum(_mm256_fnmadd_ps(offset, _mm256_set1_ps(OFFSET), acc[t]));
+        }
+    }
+}
+
+template <int BITS> void int8_bits(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
+    if (in.tokens == 1) int8_tokens<BITS, 1>(w, in, begin, end, y);
+    if (in.tokens == 2) int8_tokens<BITS, 2>(w, in, begin, end, y);
+    if (in.tokens == 3) int8_tokens<BITS, 3>(w, in, begin, end, y);
+    if (in.tokens == 4) int8_tokens<BITS, 4>(w, in, begin, end, y);
+    if (in.tokens == 5) int8_tokens<BITS, 5>(w, in, begin, end, y);
+    if (in.tokens == 6) int8_tokens<BITS, 6>(w, in, begin, end, y);
+}
+
+} // namespace
+
+namespace avx2 {
+
+void permute_int8(const int8_t *in, int8_t *out, int64_t count, int32_t bits) {
+    if (bits == 4) permute_bits<4>(in, out, count);
+    if (bits == 3) permute_bits<3>(in, out, count);
+    if (bits == 2) permute_bits<2>(in, out, count);
+}
+
+void int8(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
+    if (w.bits == 4) int8_bits<4>(w, in, begin, end, y);
+    if (w.bits == 3) int8_bits<3>(w, in, begin, end, y);
+    if (w.bits == 2) int8_bits<2>(w, in, begin, end, y);
+}
+
+} // namespace avx2
+} // namespace afpq
+
+#endif
