@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -97,7 +98,7 @@ def generate(contestant: Contestant, prompt: Tensor, new_tokens: int) -> tuple[f
     )  # fmt: skip
     tokens = clock.times[1:]  # the prompt itself comes first
     assert len(tokens) == new_tokens
-    return tokens[0] - start, [after - before for before, after in zip(tokens, tokens[1:])]
+    return tokens[0] - start, [after - before for before, after in itertools.pairwise(tokens)]
 
 
 def field(arguments: argparse.Namespace) -> list[Contestant]:

@@ -23,7 +23,9 @@ using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, Body body
 std::atomic<ParallelFor> parallel{nullptr};
 
 template <class Work> void share(int64_t count, int64_t grain, const Work &work) {
-    const Body body = [](int64_t begin, int64_t end, void *context) { (*static_cast<const Work *>(context))(begin, end); };
+    const Body body = [](int64_t begin, int64_t end, void *context) {
+        (*static_cast<const Work *>(context))(begin, end);
+    };
     const ParallelFor run = parallel.load();
     if (run == nullptr || count <= grain)
         work(0, count);
@@ -57,26 +59,39 @@ int64_t grain_of(const Weight &w, int64_t tokens) {
     return std::max<int64_t>(1, THREAD_BYTES / (ROWS * w.row_bytes * std::min<int64_t>(tokens, 16) + 1));
 }
 
-// One token's inputs in 8 bits. False where they hold NaN or Inf, which only exact arithmetic passes on.
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+// One token's inputs in 8 bits. False where they hold NaN or Inf, which only exact arithmetic passes on. Written so
+// that any compiler makes vectors of it: sizes are compared as integers, and rounding is the addition of 1.5 * 2^23,
+// which leaves the integer in the lowest bits.
 bool quantize_inputs(const Weight &w, const float *x, int64_t stride, int8_t *q, float *steps, float *sums) {
-    for (int64_t c = 0; c < stride / CHUNK; c++) {
-        float largest = 0, total = 0;
-        for (int64_t i = c * CHUNK; i < (c + 1) * CHUNK; i++) {
-            largest = std::max(largest, std::fabs(x[i]));
-            total += x[i] * 0; // NaN for NaN and Inf
-        }
-        if (!(total == 0)) return false;
-        steps[c] = largest / 127;
-        const float inverse = steps[c] > 0 ? 127 / largest : 0;
-        if (!std::isfinite(inverse)) { // subnormal: too small to matter beside float32's own rounding
-            memset(q + c * CHUNK, 0, CHUNK);
-            continue;
-        }
-        for (int64_t i = c * CHUNK; i < (c + 1) * CHUNK; i++) q[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+    for (int64_t c = 0; c < stride / CHUNK; c++, x += CHUNK, q += CHUNK) {
+        int32_t largest = 0; // bits of the largest magnitude
+        for (int64_t i = 0; i < CHUNK; i++)
+            largest = std::max(largest, static_cast<int32_t>(bits_of(x[i]) & 0x7fffffff));
+        if (largest >= 0x7f800000) return false;
+        float magnitude;
+        memcpy(&magnitude, &largest, 4);
+        const bool tiny = magnitude < 1e-35f; // too small to matter, and its inverse overflows
+        steps[c] = tiny ? 0 : magnitude / 127;
+        const float inverse = tiny ? 0 : 127 / magnitude;
+        for (int64_t i = 0; i < CHUNK; i++) q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
     }
-    for (int64_t g = 0; g < w.groups; g++) {
+    q -= stride;
+    for (int64_t g = 0; g < w.groups; g++) { // exact sums of the integers of a chunk, then their steps
+        const int64_t end = std::min((g + 1) * w.group, w.columns);
         sums[g] = 0;
-        for (int64_t i = g * w.group; i < std::min((g + 1) * w.group, w.columns); i++) sums[g] += q[i] * steps[i / CHUNK];
+        for (int64_t first = g * w.group; first < end;) {
+            const int64_t last = std::min(end, (first / CHUNK + 1) * CHUNK);
+            int32_t sum = 0;
+            for (int64_t i = first; i < last; i++) sum += q[i];
+            sums[g] += static_cast<float>(sum) * steps[first / CHUNK];
+            first = last;
+        }
     }
     return true;
 }
@@ -182,14 +197,15 @@ EXPORT int afpq_select(const char *name) {
 }
 
 // How a weight is handed over: the pointers and sizes of struct Weight.
-#define WEIGHT                                                                                                         \
-    const uint8_t *codes, const void *pos, const void *neg, const uint8_t *zeros, const float *book, int64_t rows,      \
-        int64_t columns, int64_t group, int64_t groups, int64_t row_bytes, int64_t zero_bytes, int32_t bits,            \
+#define WEIGHT                                                                                                        \
+    const uint8_t *codes, const void *pos, const void *neg, const uint8_t *zeros, const float *book, int64_t rows,    \
+        int64_t columns, int64_t group, int64_t groups, int64_t row_bytes, int64_t zero_bytes, int32_t bits,          \
         int32_t scale_kind
 
-#define MAKE_WEIGHT                                                                                                    \
-    {codes, pos,    neg ? neg : pos, zeros,      book,                    rows, columns,                                \
-     group, groups, row_bytes,       zero_bytes, codes + rows * row_bytes, bits, static_cast<Kind>(scale_kind)}
+#define MAKE_WEIGHT                                                                                                   \
+    {codes,   pos,   neg ? neg : pos, zeros,     book,       rows,                                                    \
+     columns, group, groups,          row_bytes, zero_bytes, codes + rows * row_bytes,                                \
+     bits,    static_cast<Kind>(scale_kind)}
 
 EXPORT int afpq_linear(WEIGHT, const void *x, int32_t kind, int64_t tokens, const void *bias, void *y, int32_t int8) {
     if (!known(kind) || !known(scale_kind) || bits < 2 || bits > 4) return BAD_ARGUMENT;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the AVX2 + FMA + F16C kernels share. All of it is in an anonymous namespace, a copy for each file that includes it:
-// nothing compiled with these flags may be merged by the linker with code that runs elsewhere.
+// What the AVX2 + FMA + F16C kernels share. All of it is in an anonymous namespace, a copy for each file that includes
+// it: nothing compiled with these flags may be merged by the linker with code that runs elsewhere.
 #pragma once
 
 #include "afpq.h"
@@ -61,12 +61,41 @@ inline __m256i load_pair(const uint8_t *pair, const uint8_t *end) {
 
 // ---- scales of one row, float32
 
-inline int32_t zero_at(const Weight &w, int64_t row, int64_t group) {
-    const uint8_t *packed = w.zeros + group * w.zero_bytes;
-    const int64_t bit = row * w.bits, byte = bit / 8;
-    const uint32_t two = packed[byte] | (byte + 1 < w.zero_bytes ? packed[byte + 1] << 8 : 0);
-    return static_cast<int32_t>(two >> (bit % 8) & ((1u << w.bits) - 1));
-}
+// Zero points of a row's groups. They are packed along the rows, far apart for the groups of one row (often in the same
+// set of the cache), so they are unpacked for 64 rows at a time.
+class Zeros {
+  public:
+    explicit Zeros(const Weight &w)
+        : w(w), block(w.zeros ? static_cast<uint8_t *>(malloc(static_cast<size_t>(ROWS * w.groups))) : nullptr) {}
+    ~Zeros() { free(block); }
+    Zeros(const Zeros &) = delete;
+    Zeros &operator=(const Zeros &) = delete;
+
+    const uint8_t *of(int64_t row) {
+        if (first < 0 || row < first || row >= first + ROWS) fill(row / ROWS * ROWS);
+        return block + (row - first) * w.groups;
+    }
+
+  private:
+    static constexpr int64_t ROWS = 64; // begins on a whole byte for any number of bits
+
+    void fill(int64_t row) {
+        first = row;
+        const int64_t rows = w.rows - row < ROWS ? w.rows - row : ROWS, offset = row * w.bits / 8;
+        for (int64_t g = 0; g < w.groups; g++) {
+            const uint8_t *packed = w.zeros + g * w.zero_bytes + offset;
+            uint32_t bits = 0;
+            for (int64_t r = 0, held = 0; r < rows; r++, held -= w.bits, bits >>= w.bits) {
+                if (held < w.bits) bits |= static_cast<uint32_t>(*packed++) << held, held += 8;
+                block[r * w.groups + g] = static_cast<uint8_t>(bits & ((1u << w.bits) - 1));
+            }
+        }
+    }
+
+    const Weight &w;
+    uint8_t *block;
+    int64_t first = -1;
+};
 
 inline void convert(const void *in, Kind kind, int64_t first, int64_t count, float *out) {
     if (kind == FLOAT32) {
@@ -88,11 +117,12 @@ inline void convert(const void *in, Kind kind, int64_t first, int64_t count, flo
 }
 
 // pos and neg of a row's groups; with zeros, neg becomes zero * scale (exact: 11 bits times 4).
-inline void row_scales(const Weight &w, int64_t row, float *pos, float *neg) {
+inline void row_scales(const Weight &w, Zeros &zeros, int64_t row, float *pos, float *neg) {
     convert(w.pos, w.scale_kind, row * w.groups, w.groups, pos);
-    if (w.zeros)
-        for (int64_t g = 0; g < w.groups; g++) neg[g] = static_cast<float>(zero_at(w, row, g)) * pos[g];
-    else if (w.neg != w.pos)
+    if (w.zeros) {
+        const uint8_t *zero = zeros.of(row);
+        for (int64_t g = 0; g < w.groups; g++) neg[g] = static_cast<float>(zero[g]) * pos[g];
+    } else if (w.neg != w.pos)
         convert(w.neg, w.scale_kind, row * w.groups, w.groups, neg);
     else
         memcpy(neg, pos, static_cast<size_t>(4 * w.groups));

@@ -16,7 +16,8 @@ template <> inline __m256i lanes<4>(__m128i unit) { return _mm256_cvtepu16_epi32
 
 template <> inline __m256i lanes<2>(__m128i unit) { return _mm256_cvtepu8_epi32(unit); }
 
-template <> inline __m256i lanes<3>(__m128i unit) { // lane l is bits 12 l .. 12 l + 11: from byte 3 l / 2, shifted by 4 where l is odd
+// Lane l is bits 12 l .. 12 l + 11: from byte 3 l / 2, shifted by 4 where l is odd.
+template <> inline __m256i lanes<3>(__m128i unit) {
     const __m256i place = _mm256_setr_epi8(0, 1, -1, -1, 1, 2, -1, -1, 3, 4, -1, -1, 4, 5, -1, -1, //
                                            6, 7, -1, -1, 7, 8, -1, -1, 9, 10, -1, -1, 10, 11, -1, -1);
     const __m256i both = _mm256_broadcastsi128_si256(unit);
@@ -153,11 +154,12 @@ template <> struct Decoder<4> {
 
 template <int BITS> void exact_one(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
     const Decoder<BITS> decoder(w);
+    Zeros zeros(w);
     const Scratch scales(2 * w.groups);
     float *pos = scales.data, *neg = scales.data + w.groups;
     const int64_t units = (w.columns + UNIT - 1) / UNIT;
     for (int64_t row = begin; row < end; row++) {
-        row_scales(w, row, pos, neg);
+        row_scales(w, zeros, row, pos, neg);
         __m256 acc[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         const auto use = [&](int64_t at, int i, __m256 weights) {
             acc[i] = _mm256_fmadd_ps(weights, _mm256_load_ps(in.x + at), acc[i]);
@@ -207,6 +209,7 @@ void tiles(const float *weights, int64_t weight_stride, const Inputs &in, int64_
 
 template <int BITS> void exact_many(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
     const Decoder<BITS> decoder(w);
+    Zeros zeros(w);
     const int64_t units = (w.columns + UNIT - 1) / UNIT;
     int64_t panel = PANEL_BYTES / (4 * CHUNK * in.tokens) * (CHUNK / UNIT); // units
     panel = panel < 8 ? 8 : panel > 128 ? 128 : panel;
@@ -215,11 +218,12 @@ template <int BITS> void exact_many(const Weight &w, const Inputs &in, int64_t b
     for (int64_t t = 0; t < in.tokens; t++) memset(y + t * w.rows + begin, 0, static_cast<size_t>(4 * (end - begin)));
     for (int64_t first = 0; first < units; first += panel) {
         const int64_t last = first + panel < units ? first + panel : units;
-        const int64_t at = first * UNIT, count = (last - first + 1) / 2 * 2 * UNIT; // whole pairs: x is zero behind the end
+        // Whole pairs: inputs are zero behind the end.
+        const int64_t at = first * UNIT, count = (last - first + 1) / 2 * 2 * UNIT;
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t rows = end - row < ROWS ? end - row : ROWS;
             for (int64_t r = 0; r < rows; r++) {
-                row_scales(w, row + r, pos, neg);
+                row_scales(w, zeros, row + r, pos, neg);
                 float *out = decoded.data + r * count - at;
                 if ((last - first) % 2) memset(out + last * UNIT, 0, 4 * UNIT);
                 const auto use = [&](int64_t place, int, __m256 weights) { _mm256_store_ps(out + place, weights); };
@@ -256,11 +260,12 @@ template <int BITS> inline void store_unit(const Table<BITS> &table, __m256i v, 
 
 template <int BITS> void dequantize_bits(const Weight &w, int64_t begin, int64_t end, float *out) {
     const Book<BITS> book(w);
+    Zeros zeros(w);
     const Scratch scales(2 * w.groups);
     float *pos = scales.data, *neg = scales.data + w.groups;
     const int64_t units = (w.columns + UNIT - 1) / UNIT, span = w.groups == 1 ? units : w.group / UNIT;
     for (int64_t row = begin; row < end; row++) {
-        row_scales(w, row, pos, neg);
+        row_scales(w, zeros, row, pos, neg);
         float *to = out + (row - begin) * w.columns;
         for (int64_t unit = 0; unit < units;) {
             const int64_t g = unit / span, stop = (g + 1) * span < units ? (g + 1) * span : units;
@@ -315,7 +320,8 @@ void from_float(const float *in, void *out, Kind kind, int64_t count) {
 namespace avx2 {
 
 void permute_exact(const float *in, float *out, int64_t count, int32_t bits) {
-    if (bits == 4) { // see `weave`: vector v of a pair holds, for both units, every other code from 8 (v % 4) + v / 4 on
+    // See `weave`: vector v of a pair holds, for both units, every other code from 8 (v % 4) + v / 4 on.
+    if (bits == 4) {
         for (int64_t first = 0; first < count; first += 2 * UNIT)
             for (int64_t v = 0; v < 8; v++)
                 for (int64_t e = 0; e < 8; e++)

@@ -66,61 +66,66 @@ template <int BITS> void permute_bits(const int8_t *in, int8_t *out, int64_t cou
                     out[first + 32 * v + 16 * half + e] = in[first + UNIT * half + place_of<BITS>(v, e)];
 }
 
-// The code book as words, and how a group's scales turn it into a table of bytes: book * (ratio of its side to the
-// larger one), or, with zero points, 4 * (code - zero), which is exact.
-struct WordBook {
-    __m256i book, side;
+// The byte tables of all groups there can be. Two scales matter by their ratio, which is rounded to 127ths of the
+// larger one: 255 tables, number 127 + neg - pos with the larger of both 127; building a table for each group would
+// cost as much as looking up 40 weights. Zero points: 4 * (code - zero), which is exact.
+struct Tables {
+    alignas(64) uint8_t entries[256][16];
     float step; // of a weight, in units of the larger scale
     bool zeros;
 
-    static constexpr int BOOK = 4095, RATIO = 504; // BOOK * RATIO / 2^15 = 63
-
-    explicit WordBook(const Weight &w) : zeros(w.zeros != nullptr) {
+    explicit Tables(const Weight &w) : zeros(w.zeros != nullptr) {
         float largest = 0;
         for (int i = 0; i < 1 << w.bits; i++) largest = std::fmax(largest, std::fabs(w.book[i]));
-        step = zeros ? 0.25f : largest / 63;
-        alignas(32) int16_t values[16];
-        alignas(32) uint8_t sides[32];
+        step = zeros ? 0.25f : largest / STEPS;
+        float positive[16], negative[16];
         for (int i = 0; i < 16; i++) {
             const int code = i & ((1 << w.bits) - 1);
-            const float value = w.book[code];
-            values[i] = static_cast<int16_t>(zeros ? 4 * code : std::lrint(value / largest * BOOK));
-            sides[2 * i] = value < 0 && !zeros ? 2 : 0; // which half of the pair (pos, neg)
-            sides[2 * i + 1] = sides[2 * i] + 1;
+            positive[i] = zeros ? 4.0f * code : w.book[code] < 0 ? 0 : w.book[code] * STEPS / largest;
+            negative[i] = zeros ? -4.0f : w.book[code] < 0 ? w.book[code] * STEPS / largest : 0;
         }
-        book = _mm256_load_si256(reinterpret_cast<const __m256i *>(values));
-        side = _mm256_load_si256(reinterpret_cast<const __m256i *>(sides));
+        const bool one_scale = !zeros && w.neg == w.pos;
+        const int last = zeros ? (1 << w.bits) - 1 : one_scale ? EQUAL : 2 * EQUAL;
+        for (int n = one_scale ? EQUAL : 0; n <= last; n++) {
+            const float pos = zeros ? 1 : n <= EQUAL ? 1 : static_cast<float>(2 * EQUAL - n) / EQUAL;
+            const float neg = zeros ? static_cast<float>(n) : n <= EQUAL ? static_cast<float>(n) / EQUAL : 1;
+            for (int i = 0; i < 16; i++)
+                entries[n][i] = static_cast<uint8_t>(
+                    static_cast<int32_t>(positive[i] * pos + negative[i] * neg + (OFFSET + 0.5f)));
+        }
     }
-    template <bool ZEROS> inline __m256i scaled(int32_t pair) const {
-        const __m256i s = _mm256_shuffle_epi8(_mm256_set1_epi32(pair), side);
-        const __m256i words = ZEROS ? _mm256_sub_epi16(book, s) : _mm256_mulhrs_epi16(book, s);
-        const __m256i shifted = _mm256_add_epi16(words, _mm256_set1_epi16(OFFSET));
-        return _mm256_permute4x64_epi64(_mm256_packus_epi16(shifted, shifted), 0x88);
+    inline __m256i operator[](int32_t n) const {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(entries[n])));
     }
+    static constexpr int EQUAL = 127, STEPS = 63;
 };
 
-// For a row's groups: what one integer step of a weight stands for, and the pair of words `scaled` takes.
-void word_scales(const Weight &w, const WordBook &book, int64_t row, float *unit, int32_t *pair, float *neg) {
+// For a row's groups: what one integer step of a weight stands for, and the number of its table.
+void table_numbers(const Weight &w, const Tables &tables, Zeros &zeros, int64_t row, float *unit, int32_t *number,
+                   float *neg) {
     convert(w.pos, w.scale_kind, row * w.groups, w.groups, unit);
-    if (book.zeros) {
-        for (int64_t g = 0; g < w.groups; g++) pair[g] = zero_at(w, row, g) * 4;
-        for (int64_t g = 0; g < w.groups; g++) unit[g] *= book.step;
-        return;
-    }
-    if (w.neg == w.pos) {
-        for (int64_t g = 0; g < w.groups; g++) pair[g] = WordBook::RATIO | WordBook::RATIO << 16;
-        for (int64_t g = 0; g < w.groups; g++) unit[g] *= book.step;
+    const __m256 step = _mm256_set1_ps(tables.step);
+    if (tables.zeros || w.neg == w.pos) {
+        const uint8_t *zero = tables.zeros ? zeros.of(row) : nullptr;
+        for (int64_t g = 0; g < w.groups; g++) number[g] = zero ? zero[g] : Tables::EQUAL;
+        for (int64_t g = 0; g < w.groups; g += 8) // the arrays are padded to whole vectors
+            _mm256_store_ps(unit + g, _mm256_mul_ps(_mm256_load_ps(unit + g), step));
         return;
     }
     convert(w.neg, w.scale_kind, row * w.groups, w.groups, neg);
-    const __m256 tiny = _mm256_set1_ps(1e-30f), ratio = _mm256_set1_ps(WordBook::RATIO), step = _mm256_set1_ps(book.step);
-    for (int64_t g = 0; g < w.groups; g += 8) { // the arrays are padded to whole vectors
+    const __m256 tiny = _mm256_set1_ps(1e-30f), most = _mm256_set1_ps(Tables::EQUAL);
+    for (int64_t g = 0; g < w.groups; g += 8) {
         const __m256 p = _mm256_load_ps(unit + g), n = _mm256_load_ps(neg + g);
-        const __m256 larger = _mm256_max_ps(_mm256_max_ps(p, n), tiny), inverse = _mm256_div_ps(ratio, larger);
-        const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse));
-        const __m256i high = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(n, inverse)), 16);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(pair + g), _mm256_or_si256(low, high));
-        _mm256_store_ps(unit + g, _mm256_mul_ps(larger, step));
+        const __m256 larger = _mm256_max_ps(_mm256_max_ps(p, n), tiny), inverse = _mm256_div_ps(most, larger);
+        const __m256i ratios = _mm256_sub_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(n, inverse)),
+                                                _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse)));
+        // Damaged scales: negative ones must not leave the tables; NaN and Inf must show, so unit becomes NaN.
+        const __m256 damaged = _mm256_add_ps(_mm256_sub_ps(p, p), _mm256_sub_ps(n, n));
+        const __m256i clamped = _mm256_max_epi32(_mm256_min_epi32(ratios, _mm256_set1_epi32(Tables::EQUAL)),
+                                                 _mm256_set1_epi32(-Tables::EQUAL));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(number + g),
+                           _mm256_add_epi32(clamped, _mm256_set1_epi32(Tables::EQUAL)));
+        _mm256_store_ps(unit + g, _mm256_fmadd_ps(larger, step, damaged));
     }
 }
 
@@ -138,19 +143,19 @@ template <int T> inline void dot(Codes codes, __m256i table, const int8_t *q, in
 
 struct Int8Scales { // of one row; arrays padded to whole vectors
     float *unit, *neg;
-    int32_t *pair;
+    int32_t *number;
 };
 
 // One row whose groups are whole CHUNKs (or one for the row). Behind the last column inputs are zero, so that the codes
 // there do not matter.
-template <int BITS, int T, bool ZEROS, class End>
-inline void int8_row(const Weight &w, const WordBook &book, const Inputs &in, const uint8_t *codes, End end,
+template <int BITS, int T, class End>
+inline void int8_row(const Weight &w, const Tables &tables, const Inputs &in, const uint8_t *codes, End end,
                      Int8Scales s, __m256 *acc) {
     constexpr int64_t PAIRS = CHUNK / (2 * UNIT), BYTES = 2 * UNIT_BYTES<BITS>;
     const int64_t chunks = in.stride / CHUNK, span = w.groups == 1 ? chunks : w.group / CHUNK;
     const int8_t *q = in.q;
     for (int64_t c = 0, g = 0; c < chunks; g++) {
-        const __m256i table = book.scaled<ZEROS>(s.pair[g]);
+        const __m256i table = tables[s.number[g]];
         const __m256 unit = _mm256_broadcast_ss(s.unit + g);
         for (const int64_t stop = c + span < chunks ? c + span : chunks; c < stop; c++) {
             __m256i sums[T];
@@ -168,8 +173,8 @@ inline void int8_row(const Weight &w, const WordBook &book, const Inputs &in, co
 }
 
 // One row of shorter groups, any multiple of UNIT: each half of a pair has a table of its own.
-template <int BITS, int T, bool ZEROS, class End>
-inline void int8_short_row(const Weight &w, const WordBook &book, const Inputs &in, const uint8_t *codes, End end,
+template <int BITS, int T, class End>
+inline void int8_short_row(const Weight &w, const Tables &tables, const Inputs &in, const uint8_t *codes, End end,
                            Int8Scales s, __m256 *acc) {
     constexpr int64_t PAIRS = CHUNK / (2 * UNIT), BYTES = 2 * UNIT_BYTES<BITS>;
     const int64_t units = (w.columns + UNIT - 1) / UNIT, span = w.group / UNIT, chunks = in.stride / CHUNK;
@@ -181,8 +186,8 @@ inline void int8_short_row(const Weight &w, const WordBook &book, const Inputs &
     };
     for (int64_t p = 0; 2 * p < units; p++) {
         const int64_t a = next(), b = next();
-        __m256i table = book.scaled<ZEROS>(s.pair[a]), sums[T];
-        if (a != b) table = _mm256_blend_epi32(table, book.scaled<ZEROS>(s.pair[b]), 0xf0);
+        const __m256i table = _mm256_blend_epi32(tables[s.number[a]], tables[s.number[b]], 0xf0);
+        __m256i sums[T];
         for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_si256();
         dot<T>(codes_of<BITS>(codes + p * BYTES, end), table, in.q + p * 2 * UNIT, in.stride, sums);
         const __m256 unit = _mm256_set_m128(_mm_broadcast_ss(s.unit + b), _mm_broadcast_ss(s.unit + a));
@@ -193,19 +198,20 @@ inline void int8_short_row(const Weight &w, const WordBook &book, const Inputs &
     }
 }
 
-template <int BITS, int T, bool ZEROS>
-inline void int8_any_row(const Weight &w, const WordBook &book, const Inputs &in, const uint8_t *codes, Int8Scales s,
+template <int BITS, int T>
+inline void int8_any_row(const Weight &w, const Tables &tables, const Inputs &in, const uint8_t *codes, Int8Scales s,
                          __m256 *acc) {
     const bool whole = w.groups == 1 || w.group % CHUNK == 0, far = far_from_end<BITS>(w, codes, in.stride / UNIT);
-    if (whole && far) return int8_row<BITS, T, ZEROS>(w, book, in, codes, Anywhere(), s, acc);
-    if (whole) return int8_row<BITS, T, ZEROS>(w, book, in, codes, w.end, s, acc);
-    if (far) return int8_short_row<BITS, T, ZEROS>(w, book, in, codes, Anywhere(), s, acc);
-    int8_short_row<BITS, T, ZEROS>(w, book, in, codes, w.end, s, acc);
+    if (whole && far) return int8_row<BITS, T>(w, tables, in, codes, Anywhere(), s, acc);
+    if (whole) return int8_row<BITS, T>(w, tables, in, codes, w.end, s, acc);
+    if (far) return int8_short_row<BITS, T>(w, tables, in, codes, Anywhere(), s, acc);
+    int8_short_row<BITS, T>(w, tables, in, codes, w.end, s, acc);
 }
 
 template <int BITS, int T>
 void int8_tokens(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
-    const WordBook book(w);
+    const Tables tables(w);
+    Zeros zeros(w);
     const int64_t padded = (w.groups + 7) / 8 * 8;
     const Scratch scratch((3 + T) * padded);
     const Int8Scales s = {scratch.data, scratch.data + padded, reinterpret_cast<int32_t *>(scratch.data + 2 * padded)};
@@ -215,17 +221,15 @@ void int8_tokens(const Weight &w, const Inputs &in, int64_t begin, int64_t end, 
         memcpy(input_sums + t * padded, in.sums + t * w.groups, static_cast<size_t>(4 * w.groups));
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *codes = w.codes + row * w.row_bytes;
-        word_scales(w, book, row, s.unit, s.pair, s.neg);
+        table_numbers(w, tables, zeros, row, s.unit, s.number, s.neg);
         __m256 acc[T];
         for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_ps();
-        if (book.zeros)
-            int8_any_row<BITS, T, true>(w, book, in, codes, s, acc);
-        else
-            int8_any_row<BITS, T, false>(w, book, in, codes, s, acc);
+        int8_any_row<BITS, T>(w, tables, in, codes, s, acc);
         for (int t = 0; t < T; t++) { // take off what storing the weights unsigned added
             __m256 offset = _mm256_setzero_ps();
             for (int64_t g = 0; g < padded; g += 8)
-                offset = _mm256_fmadd_ps(_mm256_load_ps(s.unit + g), _mm256_load_ps(input_sums + t * padded + g), offset);
+                offset = _mm256_fmadd_ps(_mm256_load_ps(s.unit + g), _mm256_load_ps(input_sums + t * padded + g),
+                                         offset);
             y[t * w.rows + row] = sum(_mm256_fnmadd_ps(offset, _mm256_set1_ps(OFFSET), acc[t]));
         }
     }

@@ -348,7 +348,9 @@ void step_scales(const Weight &w, float largest, int64_t row, float *step, float
         const __m512 inverse = _mm512_div_ps(steps, larger);
         _mm512_storeu_ps(pos + g, _mm512_mul_ps(p, inverse));
         _mm512_storeu_ps(neg + g, _mm512_mul_ps(n, inverse));
-        _mm512_storeu_ps(step + g, _mm512_div_ps(one, inverse));
+        // Damaged scales must show: NaN for NaN and Inf.
+        const __m512 damaged = _mm512_add_ps(_mm512_sub_ps(p, p), _mm512_sub_ps(n, n));
+        _mm512_storeu_ps(step + g, _mm512_add_ps(_mm512_div_ps(one, inverse), damaged));
     }
 }
 

@@ -219,6 +219,9 @@ inline __m512i _mm512_dpbusd_epi32(__m512i src, __m512i u, __m512i s) {
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
     return emulated_floats([&](int i) { return a.at[i] + b.at[i]; });
 }
+inline __m512 _mm512_sub_ps(__m512 a, __m512 b) {
+    return emulated_floats([&](int i) { return a.at[i] - b.at[i]; });
+}
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
     return emulated_floats([&](int i) { return a.at[i] * b.at[i]; });
 }
