@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How fast one linear layer is on this CPU, beside torch, its int4 kernel, bitsandbytes and ONNX Runtime.
 
-    python bench/kernels.py [--quick] [--out kernels.json]
-    python bench/kernels.py --shapes 4096x4096 --tokens 1 16 --formats nf4 nf3 --groups 32 64 128 --threads 2 --rounds 9
+    python bench/linear.py [--quick] [--out linear.json]
+    python bench/linear.py --shapes 4096x4096 --tokens 1 16 --formats nf4 nf3 --groups 32 64 128 --threads 2 --rounds 9
 
 Shapes are out x in. All contestants run in this process, in turns and in another order each round, so that noise of
 the machine hits all alike; ratios are between the fastest calls. Weights are cold: each contestant has layers enough
