@@ -84,7 +84,8 @@ def quantized(model: Any, scheme: str) -> Any:
 def token_bytes(model: Any) -> int:
     """Weights that a token reads: all but the embeddings, of which it reads a row."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.nbytes for t in tensors) - sum(t.nbytes for t in model.model.embed_tokens.parameters())
+    total: int = sum(t.nbytes for t in tensors) - sum(t.nbytes for t in model.model.embed_tokens.parameters())
+    return total
 
 
 def generate(contestant: Contestant, prompt: Tensor, new_tokens: int) -> tuple[float, list[float]]:

@@ -16,7 +16,8 @@ What to know when reading the tables:
   scales and zeros as the contestant stores them.
 - The bandwidth is that of the fastest reader at hand, measured in the same rounds.
 
-Peers are measured where they are installed: see bench/requirements-peers.txt.
+Peers are measured where they are installed: see bench/requirements-peers.txt. (No script here may be called kernels.py:
+Transformers imports a package of that name, and would find the script.)
 """
 
 from __future__ import annotations
@@ -397,11 +398,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cold-mib", type=int, help="weights of a contestant; default 128, or twice the last cache")
-    parser.add_argument("--quick", action="store_true", help="one shape, 1, 4, 16 tokens, nf4, nf3, int4, few rounds")
+    parser.add_argument("--quick", action="store_true", help="one shape, 1, 4, 16 tokens, nf4, nf3, int4, 5 rounds")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.shapes, arguments.tokens, arguments.rounds = SHAPES[:1], [1, 4, 16], 3
+        arguments.shapes, arguments.tokens, arguments.rounds = SHAPES[:1], [1, 4, 16], 5
         arguments.formats = ["nf4", "nf3", "int4"]
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for bitsandbytes, before it is loaded

@@ -28,7 +28,7 @@ LIBRARY = Path(__file__).with_name("libafpq_cpu.so")
 ISAS = ("amx", "avx512", "avx2", "portable")  # the best first
 MODES = ("exact", "int8")
 BITS = (2, 3, 4)
-MANY_TOKENS = 96  # from which on decoding panels for torch's own matrix product is faster
+MANY_TOKENS = 160  # from which on decoding panels for torch's own matrix product is faster
 PANEL_BYTES = 4 << 20  # of decoded weights, to stay in a cache
 
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
