@@ -77,12 +77,13 @@ struct Tables {
     explicit Tables(const Weight &w) : zeros(w.zeros != nullptr) {
         float largest = 0;
         for (int i = 0; i < 1 << w.bits; i++) largest = std::fmax(largest, std::fabs(w.book[i]));
-        step = zeros ? 0.25f : largest / STEPS;
+        const int steps = best_steps(w, largest);
+        step = zeros ? 0.25f : largest / static_cast<float>(steps);
         float positive[16], negative[16];
         for (int i = 0; i < 16; i++) {
             const int code = i & ((1 << w.bits) - 1);
-            positive[i] = zeros ? 4.0f * code : w.book[code] < 0 ? 0 : w.book[code] * STEPS / largest;
-            negative[i] = zeros ? -4.0f : w.book[code] < 0 ? w.book[code] * STEPS / largest : 0;
+            positive[i] = zeros ? 4.0f * code : w.book[code] < 0 ? 0 : w.book[code] / step;
+            negative[i] = zeros ? -4.0f : w.book[code] < 0 ? w.book[code] / step : 0;
         }
         const bool one_scale = !zeros && w.neg == w.pos;
         const int last = zeros ? (1 << w.bits) - 1 : one_scale ? EQUAL : 2 * EQUAL;
@@ -97,7 +98,23 @@ struct Tables {
     inline __m256i operator[](int32_t n) const {
         return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(entries[n])));
     }
-    static constexpr int EQUAL = 127, STEPS = 63;
+    static constexpr int EQUAL = 127, MOST_STEPS = OFFSET - 1;
+
+  private:
+    // Steps up to the largest value, such that the book's values fall near whole ones: exactly, for int and fp books.
+    static int best_steps(const Weight &w, float largest) {
+        int best = MOST_STEPS;
+        float least = INFINITY;
+        for (int n = MOST_STEPS; n > MOST_STEPS / 2; n--) {
+            float error = 0;
+            for (int i = 0; i < 1 << w.bits; i++) {
+                const float at = w.book[i] / largest * static_cast<float>(n), off = at - std::nearbyint(at);
+                error += off * off / static_cast<float>(n * n);
+            }
+            if (error < least * 0.999f) best = n, least = error; // not for a difference in rounding alone
+        }
+        return best;
+    }
 };
 
 // For a row's groups: what one integer step of a weight stands for, and the number of its table.
