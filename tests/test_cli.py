@@ -514,8 +514,8 @@ def stopped(larger: Path, out: Path, number: signal.Signals) -> Result:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_an_interrupt_ends_with_130_and_no_output(larger: Path, tmp_path: Path, number: signal.Signals) -> None:
     result = stopped(larger, tmp_path / "out", number)
-    assert (result.code, result.out) == (130, "")
     assert re.fullmatch(r"afpq: [^\n]+\n", result.err), result.err
+    assert (result.code, result.out) == (130, "")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("config.json"))
 

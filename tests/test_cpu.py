@@ -103,9 +103,9 @@ def test_exact_arithmetic_equals_float64(
 @settings(max_examples=150)
 @given(SCHEMES, SHAPES, st.sampled_from(cpu.ISAS))
 def test_int8_errors_are_those_of_its_steps(scheme: Scheme, shape: tuple[int, int, int], name: str) -> None:
-    """Inputs: half a step of max|x| / 127 for each 128. Weights: half a step of the group's largest |w|, divided by 32 to
-    63, whichever suits the code book best, and an eighth to a quarter of it for the ratio of the two scales, which is
-    rounded to 1/127: 1.26 / 63 at most; none for integers with zero points."""
+    """Inputs: half a step of max|x| / 127 for each 128. Weights: half a step of the group's largest |w|, divided by 32
+    to 63, whichever suits the code book best, and an eighth to a quarter of it for the ratio of the two scales, which
+    is rounded to 1/127: 1.26 / 63 at most; none for integers with zero points."""
     library = cpu.native()
     assert library is not None
     if not library.select(name):

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -218,28 +218,44 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return pattern, parse_scheme(scheme)
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Stop:
+    """Handler of SIGINT and SIGTERM; it remembers, since libraries may turn the exception into one of their own."""
+
+    called = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        self.called = True
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point of `afpq`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _stop)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, stop)
     try:
         if app(standalone_mode=False) == 130:  # Typer's own way to say that it was interrupted
             raise KeyboardInterrupt
-    except AfpqError as error:
-        _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("afpq: stopped; the same command goes on from the last finished block")
-        sys.exit(130)
-    except Exception as error:  # Click's own errors, whichever copy of Click Typer brings
+        _stopped()
+    except Exception as error:
+        if stop.called:
+            _stopped()
+        if isinstance(error, AfpqError):
+            _fail(str(error))
+        # Click's own errors, whichever copy of Click Typer brings
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message() or "see afpq --help")
 
 
-def _fail(message: str) -> None:
+def _stopped() -> NoReturn:
+    errors.print("afpq: stopped; the same command goes on from the last finished block")
+    sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
     errors.print(f"afpq: {' '.join(message.split())}")
     sys.exit(2)
