@@ -133,7 +133,7 @@ void table_numbers(const Weight &w, const Tables &tables, Zeros &zeros, int64_t 
     const __m256 tiny = _mm256_set1_ps(1e-30f), most = _mm256_set1_ps(Tables::EQUAL);
     for (int64_t g = 0; g < w.groups; g += 8) {
         const __m256 p = _mm256_load_ps(unit + g), n = _mm256_load_ps(neg + g);
-        const __m256 larger = _mm256_max_ps(_mm256_max_ps(p, n), tiny), inverse = _mm256_div_ps(most, larger);
+        const __m256 larger = _mm256_max_ps(p, n), inverse = _mm256_div_ps(most, _mm256_max_ps(larger, tiny));
         const __m256i ratios = _mm256_sub_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(n, inverse)),
                                                 _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse)));
         // Damaged scales: negative ones must not leave the tables; NaN and Inf must show, so unit becomes NaN.
