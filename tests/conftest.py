@@ -20,6 +20,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other on a busy machine
 
+import torch  # noqa: E402 (its threads read the variable above)
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on CPU tensors; read when Triton is first imported
+
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,  # no multiple of 64: the last group of down_proj is short
@@ -38,7 +43,6 @@ ModelMaker = Callable[..., Path]
 
 def save_llama(directory: Path, seed: int = 0, max_shard_size: str = "1GB", **changes: Any) -> Path:
     """A random float16 LlamaForCausalLM with a byte-level tokenizer in `directory`; `changes` to the tiny config."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -76,6 +80,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_copy(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model, for tests that break it."""
     return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where GPU kernels run: the GPU, or else CPU tensors in Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afpq.kernels import cpu, reference
+from afpq.kernels import cpu, gpu, reference
 from afpq.kernels.cpu import set_compute
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? scales_neg, Tensor? zeros"
@@ -28,6 +28,8 @@ torch.library.impl("afpq::linear", "default", reference.linear)
 torch.library.impl("afpq::dequantize", "default", reference.dequantize)
 torch.library.impl("afpq::linear", "CPU", cpu.linear)
 torch.library.impl("afpq::dequantize", "CPU", cpu.dequantize)
+torch.library.impl("afpq::linear", "CUDA", gpu.linear)
+torch.library.impl("afpq::dequantize", "CUDA", gpu.dequantize)
 
 
 def _linear_fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import reference
+from afpq.kernels.checks import check_weight
 from afpq.packing import packed_size
 
 LIBRARY = Path(__file__).with_name("libafpq_cpu.so")
@@ -148,26 +149,12 @@ def _weight(
     """
     rows, row_bytes = qweight.shape
     group = columns if group_size == -1 else group_size
-    groups = -(-columns // group)
     if bits not in BITS or scales.dtype not in _KINDS:
         return None
-    if row_bytes != packed_size(columns, bits) or qweight.dtype != torch.uint8:
-        raise AfpqError(
-            f"qweight {list(qweight.shape)} {qweight.dtype} does not hold {columns} codes of {bits} bits a row"
-        )
-    for name, tensor in (("scales", scales), ("scales_neg", scales_neg)):
-        if tensor is not None and (tensor.shape != (rows, groups) or tensor.dtype != scales.dtype):
-            raise AfpqError(f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {[rows, groups]} {scales.dtype}")
-    zero_bytes = 0
-    if zeros is not None:
-        zero_bytes = packed_size(rows, bits)
-        if zeros.shape != (groups, zero_bytes) or zeros.dtype != torch.uint8:
-            raise AfpqError(f"zeros is {list(zeros.shape)} {zeros.dtype}, expected {[groups, zero_bytes]} torch.uint8")
+    groups, zero_bytes = check_weight(qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns)
     for tensor in (qweight, scales, scales_neg, zeros):
         if tensor is not None and not tensor.is_contiguous():
             return None
-    if len(codebook) > 2**bits:
-        raise AfpqError(f"a code book of {len(codebook)} values does not fit {bits} bits")
     return [
         qweight.data_ptr(),
         scales.data_ptr(),

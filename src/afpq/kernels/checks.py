@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""The operands of the op fit together: kernels address memory by what these say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afpq.errors import AfpqError
+from afpq.packing import packed_size
+
+
+def check_weight(
+    qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, codebook: list[float], bits: int,
+    group_size: int, columns: int,
+) -> tuple[int, int]:  # fmt: skip
+    """(groups of a row, bytes of a group's zero points). Raises AfpqError that names what does not fit."""
+    rows, row_bytes = qweight.shape
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    if row_bytes != packed_size(columns, bits) or qweight.dtype != torch.uint8:
+        raise AfpqError(
+            f"qweight {list(qweight.shape)} {qweight.dtype} does not hold {columns} codes of {bits} bits a row"
+        )
+    for name, tensor in (("scales", scales), ("scales_neg", scales_neg)):
+        if tensor is not None and (tensor.shape != (rows, groups) or tensor.dtype != scales.dtype):
+            raise AfpqError(f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {[rows, groups]} {scales.dtype}")
+    zero_bytes = 0
+    if zeros is not None:
+        zero_bytes = packed_size(rows, bits)
+        if zeros.shape != (groups, zero_bytes) or zeros.dtype != torch.uint8:
+            raise AfpqError(f"zeros is {list(zeros.shape)} {zeros.dtype}, expected {[groups, zero_bytes]} torch.uint8")
+    if len(codebook) > 2**bits:
+        raise AfpqError(f"a code book of {len(codebook)} values does not fit {bits} bits")
+    return groups, zero_bytes

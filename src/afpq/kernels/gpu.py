@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: MIT
+"""The op on GPUs: chooses among the kernels of `triton.py`, which read weights as they are saved.
+
+Up to 256 tokens: one fused kernel; more: panels are decoded into the cache and multiplied by torch. Errors, relative to
+sum |w x|: values of the code book, and with more than 64 tokens also weights, are rounded to the dtype of x, as the
+reference rounds weights; sums are float32, and added in a fixed order. Float32 inputs take decoded panels.
+Where Triton is not installed the reference computes everything, and a warning says so once.
+
+Works in CUDA graphs: nothing waits for the GPU once a layer has run. Counters of programs that share a tile are zero
+between calls; each stream has its own, and each call in a captured graph, so that graphs may run side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afpq.errors import AfpqError
+from afpq.kernels import reference
+from afpq.kernels.checks import check_weight
+from afpq.kernels.tiles import MOST_TOKENS, Tile, bucket, candidates, fastest, tile_for
+
+BITS = (2, 3, 4)
+DTYPES = (torch.float16, torch.bfloat16)
+PANEL = Tile(rows=32, tokens=0, columns=128, warps=4, stages=1)  # decoded by one program
+ARENA = 1 << 20  # counters for captured graphs: 4 MiB
+
+
+@lru_cache(maxsize=1)
+def kernels() -> Any:
+    """The module of kernels; None where Triton is not installed."""
+    try:
+        from afpq.kernels import triton
+    except ImportError as error:
+        warnings.warn(f"no Triton ({error}): afpq computes slowly on this GPU; pip install triton", stacklevel=2)
+        return None
+    return triton
+
+
+@lru_cache(maxsize=256)
+def _tables(values: tuple[float, ...], bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(float32 [2^bits], values; `dtype` [4^bits, 2], the values of each two codes, the even column's code low)."""
+    book = torch.zeros(2**bits)
+    book[: len(values)] = torch.tensor(values)
+    pairs = torch.stack([book.repeat(2**bits), book.repeat_interleave(2**bits)], -1).to(dtype)
+    return book.to(device), (pairs if dtype == torch.float32 else pairs.view(torch.int32)).to(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def _panel_bytes(device: torch.device) -> int:
+    """Half of the last cache: decoded weights stay in it until they are used."""
+    return torch.cuda.get_device_properties(device).L2_cache_size // 2 if device.type == "cuda" else 1 << 20
+
+
+# ---- counters
+
+
+class _Counters:
+    """Zeros that kernels leave as zeros."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.used = device, 0
+        self.arena = torch.zeros(ARENA, dtype=torch.int32, device=device)
+        self.streams: dict[int, Tensor] = {}
+
+    def of_stream(self, stream: int, count: int) -> Tensor:
+        """For calls that run now: one call of a stream comes after the other."""
+        counters = self.streams.get(stream)
+        if counters is None or len(counters) < count:
+            counters = self.streams[stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=self.device)
+        return counters
+
+    def of_graph(self, count: int) -> Tensor:
+        """For a call that is being captured: its own, since nobody knows when the graph will run."""
+        if self.used + count > ARENA:
+            return torch.zeros(count, dtype=torch.int32, device=self.device)
+        self.used += count
+        return self.arena[self.used - count : self.used]
+
+
+_counters: dict[torch.device, _Counters] = {}
+
+
+def _counters_for(device: torch.device, count: int) -> Tensor:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device not in _counters:
+        if capturing:  # not filled before the graph runs, so of no use to anybody else
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _counters[device] = _Counters(device)
+    if capturing:
+        return _counters[device].of_graph(count)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _counters[device].of_stream(stream, count)
+
+
+# ---- the choice of a tile
+
+_tuned: dict[tuple[object, ...], Tile] = {}
+
+
+def _milliseconds(run: Callable[[], object]) -> float | None:
+    """Of one call with cold caches; None where the GPU lacks the registers or shared memory for it."""
+    import triton
+
+    try:
+        return float(triton.testing.do_bench(run, warmup=5, rep=30))
+    except triton.runtime.errors.OutOfResources:
+        return None
+
+
+def _tile(call: _Call, x: Tensor) -> Tile:
+    """From the table; with AFPQ_AUTOTUNE=1 the fastest, measured once for each shape and size of batch."""
+    capability = _capability(call.device)
+    if os.environ.get("AFPQ_AUTOTUNE") != "1":
+        return tile_for(capability, len(x))
+    key = (call.device, x.dtype, call.bits, call.group, *call.sizes(), bucket(len(x)))
+    if key not in _tuned:
+        if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return tile_for(capability, len(x))
+        _tuned[key] = fastest(
+            candidates(capability, len(x)), lambda tile: _milliseconds(lambda: call.multiply(x, None, tile))
+        )
+    return _tuned[key]
+
+
+# ---- calls
+
+
+class _Call:
+    """One weight described to the kernels."""
+
+    def __init__(
+        self, qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, codebook: list[float],
+        bits: int, group_size: int, columns: int,
+    ) -> None:  # fmt: skip
+        self.groups, self.zero_bytes = check_weight(
+            qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns
+        )
+        for name, tensor in (("scales", scales), ("scales_neg", scales_neg), ("zeros", zeros)):
+            if tensor is not None and tensor.device != qweight.device:
+                raise AfpqError(f"{name} is on {tensor.device}, qweight on {qweight.device}; move the layer as a whole")
+        qweight = qweight.contiguous()
+        self.tensors = [qweight, *(t if t is None else t.contiguous() for t in (scales, scales_neg, zeros))]
+        self.device, self.rows, self.columns, self.bits = qweight.device, len(qweight), columns, bits
+        self.row_bytes = qweight.shape[1]
+        self.values = tuple(codebook)
+        self.group = 0 if self.groups == 1 else group_size
+        self.aligned = self.row_bytes % 4 == 0 and qweight.data_ptr() % 4 == 0
+
+    @property
+    def fusible(self) -> bool:
+        """Whether tiles of 32 columns or more can have one scale each."""
+        return self.group % 32 == 0
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.rows, self.columns, self.row_bytes, self.groups, self.zero_bytes
+
+    def multiply(self, x: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+        """x [tokens, in] -> y [tokens, out]."""
+        module, tile = kernels(), tile.within(self.group)
+        book, pairs = _tables(self.values, self.bits, x.dtype, self.device)
+        tokens, steps = len(x), -(-self.columns // tile.columns)
+        tiles = -(-self.rows // tile.rows), -(-tokens // tile.tokens)
+        wanted = -(-tile.programs * _multiprocessors(self.device) // (tiles[0] * tiles[1]))
+        each = -(-steps // min(wanted, -(-steps // 4)))  # at least 4 steps: a program has to start and end
+        splits = -(-steps // each)
+        y = x.new_empty(tokens, self.rows, dtype=module.result_dtype(x.dtype))
+        sums = arrived = None
+        if splits > 1:
+            sums = torch.empty(splits, tokens, self.rows, dtype=torch.float32, device=self.device)
+            arrived = _counters_for(self.device, tiles[0] * tiles[1])
+        module.linear[(tiles[0], splits, tiles[1])](
+            x, *self.tensors, book, pairs, bias, y, sums, arrived, tokens, *self.sizes(), each,
+            BITS=self.bits, GROUP=self.group, ALIGNED=self.aligned, EVEN=self.columns % tile.columns == 0,
+            FOLD=tile.fold, SPLIT=splits > 1, BN=tile.rows, BM=tile.tokens, BK=tile.columns, STAGES=tile.stages,
+            T=module.product_dtype(x.dtype), PORTABLE=module.PORTABLE, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return y.to(x.dtype)
+
+    def decode(self, first: int, w_hat: Tensor) -> Tensor:
+        """Rows `first` and up into w_hat [rows, in]."""
+        module = kernels()
+        if module.result_dtype(w_hat.dtype) != w_hat.dtype:
+            return w_hat.copy_(self.decode(first, w_hat.new_empty(w_hat.shape, dtype=module.result_dtype(w_hat.dtype))))
+        book, pairs = _tables(self.values, self.bits, torch.float32, self.device)
+        grid = (-(-len(w_hat) // PANEL.rows), -(-self.columns // PANEL.columns))
+        module.dequantize[grid](
+            *self.tensors, book, pairs, w_hat, first, len(w_hat), *self.sizes(), BITS=self.bits, GROUP=self.group,
+            ALIGNED=self.aligned, EVEN=self.columns % PANEL.columns == 0, BN=PANEL.rows, BK=PANEL.columns,
+            PORTABLE=module.PORTABLE, num_warps=PANEL.warps,
+        )  # fmt: skip
+        return w_hat
+
+    def panels(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `multiply`, for any number of tokens: rows decoded into the last cache, and torch's product."""
+        y = x.new_empty(len(x), self.rows)
+        size = max(16, _panel_bytes(self.device) // (x.element_size() * self.columns))
+        panel = x.new_empty(min(size, self.rows), self.columns)
+        for first in range(0, self.rows, size):
+            last = min(first + size, self.rows)
+            weight = self.decode(first, panel[: last - first]).T
+            if bias is None:
+                torch.mm(x, weight, out=y[:, first:last])
+            else:
+                torch.addmm(bias[first:last], x, weight, out=y[:, first:last])
+        return y
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    scales_neg: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    codebook: list[float],
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """See `reference.linear`. Raises AfpqError for operands that do not fit together or are on different devices."""
+    columns, rows = x.shape[-1], len(qweight)
+    if kernels() is None or bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
+        return reference.linear(x, qweight, scales, scales_neg, zeros, bias, codebook, bits, group_size)
+    call = _Call(qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns)
+    if x.device != call.device:
+        raise AfpqError(f"inputs are on {x.device}, the layer on {call.device}")
+    flat = x.reshape(-1, columns).contiguous()
+    if flat.numel() == 0 or rows == 0:
+        return x.new_empty((*x.shape[:-1], rows))
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    with _on(call.device):
+        if call.fusible and x.dtype in DTYPES and len(flat) <= MOST_TOKENS:
+            y = call.multiply(flat, bias, _tile(call, flat))
+        else:
+            y = call.panels(flat, bias)
+    return y.view(*x.shape[:-1], rows)
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    scales_neg: Tensor | None,
+    zeros: Tensor | None,
+    codebook: list[float],
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.dequantize`; the same to the last bit."""
+    if kernels() is None or bits not in BITS or not dtype.is_floating_point or in_features * len(qweight) == 0:
+        return reference.dequantize(qweight, scales, scales_neg, zeros, codebook, bits, group_size, in_features, dtype)
+    call = _Call(qweight, scales, scales_neg, zeros, codebook, bits, group_size, in_features)
+    with _on(call.device):
+        return call.decode(0, torch.empty(len(qweight), in_features, dtype=dtype, device=qweight.device))

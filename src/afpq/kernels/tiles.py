@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""How the GPU kernel cuts its work, as data: by compute capability and number of tokens.
+
+Chosen by what the compiled code shows (`bench/gpu_code.py`: instructions for each weight, registers, shared memory),
+not by time: nobody has yet run them on these GPUs. `AFPQ_AUTOTUNE=1` measures on the machine at hand instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+MOST_TOKENS = 256  # for more, decoded panels go to the matrix product of torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program takes `rows` of the weight, `tokens`, and `columns` at a time; `fold`: see `triton.py`.
+
+    Rows are split among programs until there are `programs` for each multiprocessor.
+    """
+
+    rows: int
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+    fold: bool = False
+    programs: int = 2
+
+    def within(self, group: int) -> Tile:
+        """The tile whose columns do not cross the borders of groups of this size (a multiple of 32; 0: one group)."""
+        columns = self.columns
+        while group % columns:
+            columns //= 2
+        return replace(self, columns=columns)
+
+
+# Most tokens -> tile. Hopper multiplies out of shared memory; before it, operands take registers. Consumer GPUs have
+# 99 KiB of shared memory a program.
+_HOPPER = {
+    16: Tile(128, 16, 128, 4, 3),
+    32: Tile(128, 32, 128, 8, 3),
+    64: Tile(128, 64, 128, 8, 3),
+    256: Tile(128, 128, 128, 8, 3, fold=True, programs=1),
+}
+_AMPERE = {
+    16: Tile(128, 16, 128, 4, 3),
+    32: Tile(128, 32, 128, 8, 3),
+    64: Tile(128, 64, 64, 8, 3),
+    256: Tile(128, 128, 64, 8, 3, fold=True, programs=1),
+}
+_SMALL = {
+    16: Tile(64, 16, 128, 4, 3),
+    32: Tile(64, 32, 128, 4, 3),
+    64: Tile(128, 64, 64, 8, 3),
+    256: Tile(128, 128, 64, 8, 3, fold=True, programs=1),
+}
+TILES: dict[tuple[int, int], dict[int, Tile]] = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _HOPPER}
+
+
+def bucket(tokens: int) -> int:
+    """The key of `TILES` for so many tokens, at most MOST_TOKENS."""
+    return next(most for most in _SMALL if tokens <= most)
+
+
+def tile_for(capability: tuple[int, int], tokens: int) -> Tile:
+    return TILES.get(capability, _SMALL)[bucket(tokens)]
+
+
+def candidates(capability: tuple[int, int], tokens: int) -> list[Tile]:
+    """What autotuning tries: the table's choice first, then its neighbours."""
+    tile = tile_for(capability, tokens)
+    tiles = [tile]
+    for rows, warps in ((64, 4), (128, 4), (128, 8)):
+        for stages in (2, 3, 4):
+            for programs in (1, 2, 4):
+                tiles.append(replace(tile, rows=rows, warps=warps, stages=stages, programs=programs))
+    return list(dict.fromkeys(tiles))
+
+
+def fastest(tiles: list[Tile], seconds: Callable[[Tile], float | None]) -> Tile:
+    """The tile that takes the least time; `seconds` says None for one that cannot run. Ties: the first."""
+    times = [(taken, tile) for tile in tiles if (taken := seconds(tile)) is not None]
+    return min(times, key=lambda pair: pair[0])[1] if times else tiles[0]
