@@ -19,7 +19,8 @@ ORDER = [
     "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "loading", "api",
-    "info", "estimate", "evaluate", "report", "demo", "__init__", "console", "cli", "__main__",
+    "info", "estimate", "evaluate", "report", "demo", "__init__", "console",
+    "commands", "commands.common", "commands.quantize", "commands.evaluate", "cli", "__main__",
 ]  # fmt: skip
 
 OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval"}

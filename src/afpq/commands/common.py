@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: MIT
+"""The application that commands register with, and the options that several of them take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Make large language models small: 2- to 4-bit weights with a scale for each sign (AFPQ).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="A directory, or the id of a model on the hub.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file.")]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", help="wikitext2, ptb or c4 (needs afpq[eval]).")]

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""`afpq quantize` and `afpq demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from afpq.commands.common import DatasetOption, JsonOption, ModelArgument, TextOption, TrustOption, app
+from afpq.console import (
+    check_json_place,
+    console,
+    plan_json,
+    print_estimate,
+    print_plan,
+    progress_bar,
+    quiet_transformers,
+    save_json,
+)
+from afpq.errors import AfpqError
+
+
+@app.command()
+def demo(
+    report: Annotated[Path | None, typer.Option(help="Write report.md, .json and .png into this directory.")] = None,
+) -> None:
+    """Quantize a small model that comes with the package in the paper's formats; needs no network."""
+    from afpq.demo import run_demo
+    from afpq.report import HEADER, cells, write_report
+
+    with quiet_transformers(), progress_bar("float16") as advance:
+        rows = run_demo(progress=advance)
+    title = "One scale against two, round-to-nearest"
+    table = Table(*HEADER, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for index, row in enumerate(rows):
+        table.add_row(*cells(row), end_section=index % 6 == 0)
+    console.print(table)
+    text = (
+        "A 2.6-million-parameter Llama trained on the Python standard library, measured on modules it has never "
+        "seen. KL is the distance from the original model's predictions; `asym` has one scale for the positive and "
+        "one for the negative weights of each group (integers: a scale and a zero point)."
+    )
+    console.print(text.replace("`", ""))
+    if report is not None:
+        for path in write_report(report, title, text, rows):
+            console.print(f"wrote {path}")
+        if not (report / "report.png").exists():
+            console.print("no picture: pip install 'afpq[plot]' for one")
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The directory to create.")],
+    format: Annotated[str, typer.Option(help="nf2-4, fp3-4, int2-4, int8, or lut:VALUE:VALUE:...")] = "nf4",
+    group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq or awq+gptq; all but rtn need text.")] = "rtn",
+    scale_search: Annotated[
+        str | None, typer.Option(help="absmax (the paper's; default of rtn) or mse (least squared error).")
+    ] = None,
+    text: TextOption = None,
+    dataset: DatasetOption = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave linears whose name matches this regex.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as 'down_proj=nf4-asym-g64'.")] = None,
+    damp: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to the Hessian.")] = 0.01,
+    order: Annotated[str, typer.Option(help="GPTQ: order of the columns: group, act or none.")] = "group",
+    sweeps: Annotated[int, typer.Option(help="GPTQ: rounds of coordinate descent afterwards.")] = 3,
+    float_target: Annotated[
+        bool, typer.Option("--float-target/--no-float-target", help="GPTQ: aim at the float model's outputs.")
+    ] = True,
+    sequential: Annotated[
+        bool, typer.Option("--sequential/--no-sequential", help="GPTQ: quantize a block's layers one after the other.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False,
+    json: JsonOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Quantize a checkpoint into a new directory, a block at a time."""
+    from afpq.api import CalibrationSettings, execute, prepare
+    from afpq.data import read_text
+    from afpq.estimate import estimate
+    from afpq.formats import parse_format
+    from afpq.scheme import GptqOptions, Recipe, Scheme
+
+    recipe = Recipe(
+        Scheme(parse_format(format), group_size, sym),
+        method,
+        scale_search,
+        tuple(skip or ()),
+        tuple(_parse_override(pair) for pair in override or []),
+        GptqOptions(damp, order, sweeps, float_target, sequential),
+    )
+    settings = CalibrationSettings(samples, seq_len, seed, device)
+    check_json_place(json)
+    content = read_text(text, dataset, calibration=True) if text is not None or dataset is not None else None
+    with quiet_transformers():
+        job = prepare(model, recipe, text=content, settings=settings, trust_remote_code=trust_remote_code)
+        if not dry_run:
+            with progress_bar("start") as advance:
+                execute(job, out, resume=resume, progress=advance)
+    print_plan(job, "would write" if dry_run else "wrote", out)
+    if dry_run:
+        print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
+    save_json(json, plan_json(job.plan))
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    from afpq.scheme import parse_scheme
+
+    pattern, separator, scheme = text.rpartition("=")
+    if not separator or not pattern:
+        raise AfpqError(f"override {text!r}: expected REGEX=SCHEME, for example '.*down_proj=nf4-asym-g64'")
+    return pattern, parse_scheme(scheme)
