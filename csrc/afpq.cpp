@@ -174,6 +174,18 @@ Error dequantize(const Weight &w, int64_t begin, int64_t end, Kind kind, void *o
     return failed ? NO_MEMORY : DONE;
 }
 
+// What the bytes of scales stand for: sign and k, +- 2^(low + step * k) (scales.py).
+struct Levels {
+    float values[256];
+    explicit Levels(const float *grid) {
+        if (grid == nullptr) return;
+        for (int k = 0; k < 128; k++) {
+            values[k] = static_cast<float>(std::exp2(static_cast<double>(grid[0]) + static_cast<double>(grid[1]) * k));
+            values[128 + k] = -values[k];
+        }
+    }
+};
+
 bool known(int32_t kind) { return kind == FLOAT32 || kind == FLOAT16 || kind == BFLOAT16; }
 
 } // namespace
@@ -198,24 +210,28 @@ EXPORT int afpq_select(const char *name) {
 
 // How a weight is handed over: the pointers and sizes of struct Weight.
 #define WEIGHT                                                                                                        \
-    const uint8_t *codes, const void *pos, const void *neg, const uint8_t *zeros, const float *book, int64_t rows,    \
-        int64_t columns, int64_t group, int64_t groups, int64_t row_bytes, int64_t zero_bytes, int32_t bits,          \
-        int32_t scale_kind
+    const uint8_t *codes, const void *pos, const void *neg, const uint8_t *zeros, const float *grid,                  \
+        const float *book, int64_t rows, int64_t columns, int64_t group, int64_t groups, int64_t row_bytes,           \
+        int64_t zero_bytes, int32_t bits, int32_t scale_kind
 
 #define MAKE_WEIGHT                                                                                                   \
-    {codes,   pos,   neg ? neg : pos, zeros,     book,       rows,                                                    \
+    {codes,   pos,   neg ? neg : pos, zeros,     book,       grid ? levels.values : nullptr,  rows,                   \
      columns, group, groups,          row_bytes, zero_bytes, codes + rows * row_bytes,                                \
      bits,    static_cast<Kind>(scale_kind)}
 
 EXPORT int afpq_linear(WEIGHT, const void *x, int32_t kind, int64_t tokens, const void *bias, void *y, int32_t int8) {
-    if (!known(kind) || !known(scale_kind) || bits < 2 || bits > 4) return BAD_ARGUMENT;
+    if (!known(kind) || !(known(scale_kind) || (scale_kind == BYTES && grid)) || bits < 2 || bits > 4)
+        return BAD_ARGUMENT;
+    const Levels levels(grid);
     const Weight w = MAKE_WEIGHT;
     return linear(w, {x, static_cast<Kind>(kind), tokens, bias, y, int8 != 0});
 }
 
 // Rows [begin, end) as `kind`, natural order.
 EXPORT int afpq_dequantize(WEIGHT, int64_t begin, int64_t end, int32_t kind, void *out) {
-    if (!known(kind) || !known(scale_kind) || bits < 2 || bits > 4) return BAD_ARGUMENT;
+    if (!known(kind) || !(known(scale_kind) || (scale_kind == BYTES && grid)) || bits < 2 || bits > 4)
+        return BAD_ARGUMENT;
+    const Levels levels(grid);
     const Weight w = MAKE_WEIGHT;
     return dequantize(w, begin, end, static_cast<Kind>(kind), out);
 }

@@ -15,15 +15,16 @@ namespace afpq {
 constexpr int64_t UNIT = 32;   // codes
 constexpr int64_t CHUNK = 128; // inputs that share one step in int8 arithmetic; rows of inputs are padded to it
 
-enum Kind : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum Kind : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, BYTES = 3 }; // bytes: scales, by way of a table
 
-// A packed weight [rows, columns]. w = book[code] * (book[code] < 0 ? neg : pos), or, with zeros, (code - zero) * pos.
+// A packed weight [rows, columns]. Scales may be negative, both of a group together. w = book[code] * (book[code] < 0 ? neg : pos), or, with zeros, (code - zero) * pos.
 struct Weight {
     const uint8_t *codes; // [rows, row_bytes]
     const void *pos;      // [rows, groups] of kind scale_kind
     const void *neg;      // the same; equal to pos where one scale serves both signs
     const uint8_t *zeros; // [groups, zero_bytes], packed along the rows; null without zero points
     const float *book;    // [2^bits]
+    const float *levels;  // [256], what bytes of scales stand for; null where scales are floats
     int64_t rows, columns, group, groups, row_bytes, zero_bytes;
     const uint8_t *end; // one past the last byte of codes: nothing behind it is read
     int32_t bits;

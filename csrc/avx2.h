@@ -116,14 +116,24 @@ inline void convert(const void *in, Kind kind, int64_t first, int64_t count, flo
     }
 }
 
+// Scales [first, first + count) as float32; `scales` are w.pos or w.neg.
+inline void convert(const Weight &w, const void *scales, int64_t first, int64_t count, float *out) {
+    if (w.levels) {
+        const uint8_t *bytes = static_cast<const uint8_t *>(scales) + first;
+        for (int64_t i = 0; i < count; i++) out[i] = w.levels[bytes[i]];
+    } else {
+        convert(scales, w.scale_kind, first, count, out);
+    }
+}
+
 // pos and neg of a row's groups; with zeros, neg becomes zero * scale (exact: 11 bits times 4).
 inline void row_scales(const Weight &w, Zeros &zeros, int64_t row, float *pos, float *neg) {
-    convert(w.pos, w.scale_kind, row * w.groups, w.groups, pos);
+    convert(w, w.pos, row * w.groups, w.groups, pos);
     if (w.zeros) {
         const uint8_t *zero = zeros.of(row);
         for (int64_t g = 0; g < w.groups; g++) neg[g] = static_cast<float>(zero[g]) * pos[g];
     } else if (w.neg != w.pos)
-        convert(w.neg, w.scale_kind, row * w.groups, w.groups, neg);
+        convert(w, w.neg, row * w.groups, w.groups, neg);
     else
         memcpy(neg, pos, static_cast<size_t>(4 * w.groups));
 }

@@ -117,10 +117,16 @@ struct Tables {
     }
 };
 
+// All bits where both are above zero: zero has no sign that matters.
+inline __m256 apart(__m256 p, __m256 n) {
+    const __m256 zero = _mm256_setzero_ps();
+    return _mm256_and_ps(_mm256_cmp_ps(p, zero, _CMP_GT_OQ), _mm256_cmp_ps(n, zero, _CMP_GT_OQ));
+}
+
 // For a row's groups: what one integer step of a weight stands for, and the number of its table.
 void table_numbers(const Weight &w, const Tables &tables, Zeros &zeros, int64_t row, float *unit, int32_t *number,
                    float *neg) {
-    convert(w.pos, w.scale_kind, row * w.groups, w.groups, unit);
+    convert(w, w.pos, row * w.groups, w.groups, unit);
     const __m256 step = _mm256_set1_ps(tables.step);
     if (tables.zeros || w.neg == w.pos) {
         const uint8_t *zero = tables.zeros ? zeros.of(row) : nullptr;
@@ -129,20 +135,24 @@ void table_numbers(const Weight &w, const Tables &tables, Zeros &zeros, int64_t 
             _mm256_store_ps(unit + g, _mm256_mul_ps(_mm256_load_ps(unit + g), step));
         return;
     }
-    convert(w.neg, w.scale_kind, row * w.groups, w.groups, neg);
-    const __m256 tiny = _mm256_set1_ps(1e-30f), most = _mm256_set1_ps(Tables::EQUAL);
+    convert(w, w.neg, row * w.groups, w.groups, neg);
+    const __m256 tiny = _mm256_set1_ps(1e-30f), most = _mm256_set1_ps(Tables::EQUAL), minus = _mm256_set1_ps(-0.0f);
     for (int64_t g = 0; g < w.groups; g += 8) {
-        const __m256 p = _mm256_load_ps(unit + g), n = _mm256_load_ps(neg + g);
+        const __m256 signed_p = _mm256_load_ps(unit + g), signed_n = _mm256_load_ps(neg + g);
+        const __m256 p = _mm256_andnot_ps(minus, signed_p), n = _mm256_andnot_ps(minus, signed_n);
         const __m256 larger = _mm256_max_ps(p, n), inverse = _mm256_div_ps(most, _mm256_max_ps(larger, tiny));
         const __m256i ratios = _mm256_sub_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(n, inverse)),
                                                 _mm256_cvtps_epi32(_mm256_mul_ps(p, inverse)));
-        // Damaged scales: negative ones must not leave the tables; NaN and Inf must show, so unit becomes NaN.
-        const __m256 damaged = _mm256_add_ps(_mm256_sub_ps(p, p), _mm256_sub_ps(n, n));
+        // Damaged scales, NaN, Inf and two signs in a group, must not leave the tables, and must show: unit is NaN.
+        const __m256 infinite = _mm256_add_ps(_mm256_sub_ps(p, p), _mm256_sub_ps(n, n));
+        const __m256 nan = _mm256_set1_ps(NAN), differ = _mm256_xor_ps(signed_p, signed_n);
+        const __m256 damaged = _mm256_blendv_ps(infinite, nan, _mm256_and_ps(differ, apart(p, n)));
         const __m256i clamped = _mm256_max_epi32(_mm256_min_epi32(ratios, _mm256_set1_epi32(Tables::EQUAL)),
                                                  _mm256_set1_epi32(-Tables::EQUAL));
         _mm256_store_si256(reinterpret_cast<__m256i *>(number + g),
                            _mm256_add_epi32(clamped, _mm256_set1_epi32(Tables::EQUAL)));
-        _mm256_store_ps(unit + g, _mm256_fmadd_ps(larger, step, damaged));
+        const __m256 sign = _mm256_and_ps(minus, signed_p);
+        _mm256_store_ps(unit + g, _mm256_fmadd_ps(_mm256_or_ps(larger, sign), step, damaged));
     }
 }
 

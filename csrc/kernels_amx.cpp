@@ -175,9 +175,16 @@ constexpr int64_t ROWS = 256;   // and the sums of these rows another
 // pos and neg of a row's groups [first, last), at most PANEL; with zeros, neg becomes zero * scale.
 void row_scales(const Weight &w, int64_t row, int64_t first, int64_t last, float *pos, float *neg) {
     const auto to_float = avx512_kernels()->to_float;
-    const int64_t at = (row * w.groups + first) * (w.scale_kind == FLOAT32 ? 4 : 2);
-    to_float(static_cast<const char *>(w.pos) + at, w.scale_kind, pos, last - first);
-    to_float(static_cast<const char *>(w.neg) + at, w.scale_kind, neg, last - first);
+    const int64_t begin = row * w.groups + first, at = begin * (w.scale_kind == FLOAT32 ? 4 : 2);
+    const void *const sides[2] = {w.pos, w.neg};
+    for (int side = 0; side < 2; side++) {
+        float *out = side ? neg : pos;
+        if (w.levels)
+            for (int64_t g = 0; g < last - first; g++)
+                out[g] = w.levels[static_cast<const uint8_t *>(sides[side])[begin + g]];
+        else
+            to_float(static_cast<const char *>(sides[side]) + at, w.scale_kind, out, last - first);
+    }
     if (w.zeros)
         for (int64_t g = first; g < last; g++) neg[g - first] = static_cast<float>(zero_at(w, row, g)) * pos[g - first];
 }

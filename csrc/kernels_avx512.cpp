@@ -126,13 +126,23 @@ void convert(const void *in, Kind kind, int64_t first, int64_t count, float *out
     }
 }
 
+// Scales [first, first + count) as float32; `scales` are w.pos or w.neg.
+void convert(const Weight &w, const void *scales, int64_t first, int64_t count, float *out) {
+    if (w.levels) {
+        const uint8_t *bytes = static_cast<const uint8_t *>(scales) + first;
+        for (int64_t i = 0; i < count; i++) out[i] = w.levels[bytes[i]];
+    } else {
+        convert(scales, w.scale_kind, first, count, out);
+    }
+}
+
 // pos[g] and neg[g] of a row's groups [first, last); with zeros, neg becomes zero * scale (exact: 11 bits times 4).
 void row_scales(const Weight &w, int64_t row, int64_t first, int64_t last, float *pos, float *neg) {
-    convert(w.pos, w.scale_kind, row * w.groups + first, last - first, pos + first);
+    convert(w, w.pos, row * w.groups + first, last - first, pos + first);
     if (w.zeros)
         for (int64_t g = first; g < last; g++) neg[g] = static_cast<float>(zero_at(w, row, g)) * pos[g];
     else if (w.neg != w.pos)
-        convert(w.neg, w.scale_kind, row * w.groups + first, last - first, neg + first);
+        convert(w, w.neg, row * w.groups + first, last - first, neg + first);
     else
         memcpy(neg + first, pos + first, static_cast<size_t>(4 * (last - first)));
 }
@@ -336,7 +346,7 @@ inline __m128i bytes_of(const Book &book, float pos, float neg) {
 // whole vectors.
 void step_scales(const Weight &w, float largest, int64_t row, float *step, float *pos, float *neg) {
     if (w.zeros) {
-        convert(w.pos, w.scale_kind, row * w.groups, w.groups, step);
+        convert(w, w.pos, row * w.groups, w.groups, step);
         for (int64_t g = 0; g < w.groups; g++) pos[g] = 1, neg[g] = static_cast<float>(zero_at(w, row, g));
         return;
     }

@@ -58,6 +58,10 @@ float load(const void *in, Kind kind, int64_t i) {
     return kind == FLOAT16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
+float scale_at(const Weight &w, const void *scales, int64_t i) {
+    return w.levels ? w.levels[static_cast<const uint8_t *>(scales)[i]] : load(scales, w.scale_kind, i);
+}
+
 // Code i of a little-endian bit stream; `size` bytes may be read.
 uint32_t code_at(const uint8_t *packed, int64_t size, int32_t bits, int64_t i) {
     const int64_t bit = i * bits, byte = bit / 8;
@@ -70,8 +74,8 @@ void decode_row(const Weight &w, int64_t row, float *out) {
     const uint8_t *codes = w.codes + row * w.row_bytes;
     const int32_t size = 1 << w.bits;
     for (int64_t g = 0; g < w.groups; g++) {
-        const float pos = load(w.pos, w.scale_kind, row * w.groups + g);
-        const float neg = load(w.neg, w.scale_kind, row * w.groups + g);
+        const float pos = scale_at(w, w.pos, row * w.groups + g);
+        const float neg = scale_at(w, w.neg, row * w.groups + g);
         const uint32_t zero = w.zeros ? code_at(w.zeros + g * w.zero_bytes, w.zero_bytes, w.bits, row) : 0;
         float table[16];
         for (int32_t i = 0; i < size; i++)

@@ -23,7 +23,7 @@ SCHEMES = st.builds(
     st.sampled_from([*FORMATS.values(), custom_format([-1, -0.3, 0, 0.1, 1])]),
     st.sampled_from([-1, 1, 64, 128]),
     st.booleans(),
-    st.sampled_from(["float16", "float32"]),
+    st.sampled_from(["float16", "float32", "log8"]),
 )
 PATTERNS = st.sampled_from(["q_proj", "mlp", r"layers\.1\.", r"layers\.(0|1)\.self_attn", "proj$", "^lm_head$", "."])
 RECIPES = st.builds(

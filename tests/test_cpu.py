@@ -31,7 +31,7 @@ SCHEMES = st.builds(
     st.sampled_from([*NARROW, *ODD_BOOKS]),
     st.sampled_from([-1, 32, 64, 96, 128, 160, 256, 1000, 40, 7]),  # the last two are for portable code
     st.booleans(),
-    st.sampled_from(["float16", "float32"]),
+    st.sampled_from(["float16", "float32", "log8"]),
 )
 # Float32 sums of n terms in 8 or more parts: far below n * 2^-24; a factor of 10 over the worst seen.
 EXACT = 1e-6

@@ -25,9 +25,9 @@ SCHEMES = st.builds(
     st.sampled_from([*FORMATS.values(), custom_format([-1, -0.5, 0.1, 1])]),
     st.sampled_from([-1, 1, 7, 32, 1000]),
     st.booleans(),
-    st.sampled_from(["float16", "float32"]),
+    st.sampled_from(["float16", "float32", "log8"]),
 )
-KINDS = ["nf3-asym-g32", "nf4-sym-g16", "int4-asym-g32", "int3-sym-g-1", "fp3-asym-g-1-float32"]
+KINDS = ["nf3-asym-g32", "nf4-sym-g16", "int4-asym-g32", "int3-sym-g-1", "fp3-asym-g-1-float32", "nf3-asym-g32-log8"]
 
 # Rounding errors, relative to the sum of the magnitudes of what is added up: float32 over up to 100 terms; bfloat16
 # rounds the weight, the bias and the result, each to 8 bits.
@@ -38,10 +38,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def weight_operands(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def weight_operands(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
     tensors = to_tensors(weight)
     scales = tensors["scales_pos" if weight.scheme.two_scales else "scales"]
-    return tensors["qweight"], scales, tensors.get("scales_neg"), tensors.get("zeros")
+    return tensors["qweight"], scales, tensors.get("scales_neg"), tensors.get("zeros"), tensors.get("scale_grid")
 
 
 def book_operands(scheme: Scheme) -> tuple[list[float], int, int]:

@@ -65,17 +65,18 @@ def assert_not_worse(weight: Tensor, scheme: Scheme, importance: Tensor | None =
     ours, theirs = search_scales(weight, scheme, importance), fit_scales(weight, scheme)
     for one, other in ((ours.pos, theirs.pos), (ours.neg, theirs.neg)):
         assert one.dtype == other.dtype and one.shape == other.shape
-        assert bool((one > 0).all()) and bool(torch.isfinite(one).all())
+        assert bool((one != 0).all()) and bool(torch.isfinite(one).all())
+    assert torch.equal(ours.pos < 0, ours.neg < 0)  # a mirrored book is mirrored on both sides
     assert (ours.zero is None) == (theirs.zero is None)
     assert scheme.two_scales or torch.equal(ours.pos, ours.neg)
-    searched, absmax = (group_errors(weight, scales, scheme, importance) for scales in (ours, theirs))
-    rounding = 1e-8 * group_sums(weight.double().square(), weight, scheme, importance)
+    searched, absmax = (group_errors(weight, scales, scheme, importance).sum(-1) for scales in (ours, theirs))
+    rounding = 1e-8 * group_sums(weight.double().square(), weight, scheme, importance).sum(-1)
     assert (searched <= absmax * (1 + 1e-5) + rounding + 1e-30).all()
 
 
 @numeric
 @given(matrices(), SCHEMES)
-def test_no_side_of_any_group_is_worse_than_with_absmax(weight: Tensor, scheme: Scheme) -> None:
+def test_no_group_is_worse_than_with_absmax(weight: Tensor, scheme: Scheme) -> None:
     assert_not_worse(weight, scheme)
 
 
@@ -103,6 +104,27 @@ def test_large_groups_gain(kind: str) -> None:
     assert_not_worse(weight, scheme)
     searched = group_errors(weight, search_scales(weight, scheme), scheme).sum()
     assert searched < 0.95 * group_errors(weight, fit_scales(weight, scheme), scheme).sum()
+
+
+@numeric
+@given(matrices(), SCHEMES)
+def test_a_mirrored_weight_costs_the_same(weight: Tensor, scheme: Scheme) -> None:
+    """The book may be mirrored too, so a weight and its negative are equally hard (zero points are searched once)."""
+    if scheme.zero_point or (not scheme.format.has_zero and bool((weight == 0).any())):
+        return  # without a zero in the book, 0 belongs to the positive side
+    errors = [group_errors(w, search_scales(w, scheme), scheme).sum(-1) for w in (weight, -weight)]
+    rounding = 1e-7 * group_sums(weight.double().square(), weight, scheme).sum(-1)
+    assert (abs(errors[0] - errors[1]) <= 1e-4 * errors[0] + rounding + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4-asym", "nf3-sym", "int3-sym"])
+def test_mirroring_helps_books_with_more_values_on_one_side(kind: str) -> None:
+    weight, scheme = gaussian(64, 256), parse_scheme(f"{kind}-g64")
+    scales = search_scales(weight, scheme)
+    assert 0.2 < (scales.pos < 0).float().mean() < 0.8
+    turned = torch.where(scales.pos < 0, -1.0, 1.0).repeat_interleave(64, 1)
+    again = search_scales(weight * turned, scheme)  # each group the way it prefers: nothing left to mirror
+    assert not bool((again.pos < 0).any())
 
 
 # --- brute force

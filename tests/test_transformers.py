@@ -57,6 +57,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("nf3-sym-g32", {"bits": 3, "sym": True, "group_size": 32}),
     ("int4-asym-g32", {"format": "int4", "group_size": 32}),
     ("fp4-asym-g-1", {"format": "fp4", "group_size": -1}),
+    ("nf4-asym-g64-log8", {"group_size": 64, "scale_dtype": "log8"}),
     ("int8-sym-g64", {"bits": 8, "sym": True, "group_size": 64}),
 ]
 

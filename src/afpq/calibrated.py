@@ -34,7 +34,7 @@ from afpq.calibrate import (
     move,
 )
 from afpq.errors import AfpqError
-from afpq.groups import QuantizedWeight, encode
+from afpq.groups import QuantizedWeight, encode, with_grid
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, UnitResult, relative_error, unit_tensors
 from afpq.plan import OUTSIDE, Plan, Target, Unit
@@ -274,8 +274,9 @@ def _solve_on_moments(
             wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
         solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
     elif recipe.search == "mse":
-        scales = search_clips(W, H, target.scheme)
-        solved = QuantizedWeight(encode(W, scales, target.scheme), scales, target.scheme)
+        scheme = with_grid(W, target.scheme)
+        scales = search_clips(W, H, scheme)
+        solved = QuantizedWeight(encode(W, scales, scheme), scales, scheme)
     else:
         solved = nearest
     total = _loss(wanted, H)

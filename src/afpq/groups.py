@@ -18,7 +18,7 @@ stored scales never underflow to zero; a row's last group may be short; NaN, Inf
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -27,17 +27,16 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.formats import Format
+from afpq.scales import fit_grid, stored
 from afpq.scheme import Scheme
-
-# scale_dtype -> (how it is stored, smallest positive value kept)
-STORAGE = {"float16": (torch.float16, 2.0**-24), "float32": (torch.float32, 2.0**-126)}
 
 
 @dataclass(frozen=True)
 class GroupScales:
-    """Scales of groups, all of one shape [..., groups], in their storage dtype.
+    """Scales of groups, all of one shape [..., groups], in the dtype they are stored in, or float32 on a grid.
 
-    `neg` is `pos` itself unless the scheme has two scales; `zero` (uint8 codes) exists for zero-point schemes only.
+    Both are negative where the group's code book is mirrored. `neg` is `pos` itself unless the scheme has two scales;
+    `zero` (uint8 codes) exists for zero-point schemes only.
     """
 
     pos: Tensor
@@ -76,10 +75,21 @@ def parts(in_features: int, span: int) -> Iterator[tuple[slice, slice, int]]:
 def fit_scales(weight: Tensor, scheme: Scheme) -> GroupScales:
     """float32 [rows, in] -> scales [rows, groups] that just reach each group's extremes (the paper's, "absmax").
 
-    Raises AfpqError for NaN or Inf, and for weights beyond what the scales' storage can reach.
+    A scheme with a grid needs it fitted (`with_grid`). Raises AfpqError for NaN or Inf, and for weights beyond what
+    the scales' storage can reach.
     """
     low, high = extremes(weight, scheme)
     return scales_from_range(low, high, scheme)
+
+
+def with_grid(weight: Tensor, scheme: Scheme) -> Scheme:
+    """The scheme, its grid fitted to a weight [rows, in] if it stores scales on one. Raises as `fit_scales`."""
+    if scheme.scale_dtype != "log8" or scheme.grid is not None:
+        return scheme
+    low, high = extremes(weight.float(), scheme)
+    wide = scales_from_range(low, high, replace(scheme, scale_dtype="float32"))
+    seen = [torch.where(side > 0, scale.float(), 0) for side, scale in ((high, wide.pos), (low, wide.neg))]
+    return fit_grid(scheme, torch.stack(seen))
 
 
 def extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -118,21 +128,6 @@ def scales_from_range(low: Tensor, high: Tensor, scheme: Scheme, saturate: bool 
     )
 
 
-def stored(scale: Tensor, scheme: Scheme, saturate: bool = False) -> Tensor:
-    """Float scales >= 0 as the scheme stores them: never zero, and 1 where the group has no weight but zero.
-
-    A book without a zero cannot say 0, so there an all-zero group takes the smallest scale instead of 1.
-    A scale too large to store becomes the largest with `saturate`, and else raises AfpqError.
-    """
-    dtype, smallest = STORAGE[scheme.scale_dtype]
-    if saturate:
-        scale = scale.clamp(max=torch.finfo(dtype).max)
-    elif bool((scale > torch.finfo(dtype).max).any()):
-        raise AfpqError(f"weights too large for {scheme.scale_dtype} scales (scale {scale.max():.3g})")
-    empty = 1.0 if scheme.format.has_zero else smallest
-    return torch.where(scale > 0, scale.clamp(min=smallest), empty).to(dtype)
-
-
 def encode(weight: Tensor, scales: GroupScales, scheme: Scheme) -> Tensor:
     """float32 [rows, in] + scales [rows, groups] -> codes, uint8 [rows, in]."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -152,7 +147,7 @@ def encode_groups(x: Tensor, scales: GroupScales, format: Format) -> Tensor:
     codes = _count_below(x / scales.neg.float(), below)
     codes += _count_below(x / pos, above)
     if not format.has_zero:
-        codes += x >= 0
+        codes += x / pos >= 0
     return codes
 
 

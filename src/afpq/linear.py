@@ -20,7 +20,8 @@ class AfpqLinear(nn.Module):
     """A linear layer whose weight is stored as its scheme says; gradients reach the input and the bias.
 
     Buffers are named, shaped and typed by `packing.layout`: `qweight` and `scales_pos` + `scales_neg`, `scales`, or
-    `scales` + `zeros`. Scales keep their dtype under `.to(dtype)` and `.half()`: they are storage, not arithmetic.
+    `scales` + `zeros`, and `scale_grid` where scales are bytes. Scales keep their dtype under `.to(dtype)` and
+    `.half()`: they are storage, not arithmetic.
     """
 
     qweight: Tensor
@@ -55,11 +56,11 @@ class AfpqLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
 
-    def _scale_buffers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _scale_buffers(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         buffers = self._buffers
         first = buffers["scales_pos" if self.scheme.two_scales else "scales"]
         assert first is not None
-        return first, buffers.get("scales_neg"), buffers.get("zeros")
+        return first, buffers.get("scales_neg"), buffers.get("zeros"), buffers.get("scale_grid")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -93,6 +94,7 @@ class AfpqLinear(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        kernels.prepare(self.scheme.format.values, self.scheme.format.bits, self.qweight.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -8,12 +8,15 @@ that does not fill its last byte (3 bits: its last three) is padded with zeros. 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from afpq.groups import STORAGE, GroupScales, QuantizedWeight
-from afpq.scheme import Scheme
+from afpq.groups import GroupScales, QuantizedWeight
+from afpq.scales import STORAGE, from_bytes, grid_tensor, to_bytes
+from afpq.scheme import ScaleGrid, Scheme
 
 Spec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
@@ -76,12 +79,14 @@ def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spe
     """Name -> (dtype, shape) of every tensor saved for a weight [out_features, in_features].
 
     `scales_pos` + `scales_neg` where the scheme has two scales, `scales` where it has one, and `zeros` (packed along
-    the rows, so that a group more never costs a padded word) for zero points.
+    the rows, so that a group more never costs a padded word) for zero points; `scale_grid` where scales are bytes.
     """
     groups, bits = scheme.groups(in_features), scheme.format.bits
     scale: Spec = (STORAGE[scheme.scale_dtype][0], (out_features, groups))
     tensors: dict[str, Spec] = {"qweight": (torch.uint8, (out_features, packed_size(in_features, bits)))}
     tensors |= dict.fromkeys(("scales_pos", "scales_neg") if scheme.two_scales else ("scales",), scale)
+    if scheme.scale_dtype == "log8":
+        tensors["scale_grid"] = (torch.float32, (2,))
     if scheme.zero_point:
         tensors["zeros"] = (torch.uint8, (groups, packed_size(out_features, bits)))
     return tensors
@@ -89,26 +94,33 @@ def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spe
 
 def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that are saved, named and shaped as `layout` says."""
-    scales, bits = weight.scales, weight.scheme.format.bits
+    scales, bits, grid = weight.scales, weight.scheme.format.bits, weight.scheme.grid
     tensors = {"qweight": pack(weight.codes, bits)}
-    if weight.scheme.two_scales:
-        tensors |= {"scales_pos": scales.pos, "scales_neg": scales.neg}
-    else:
-        tensors["scales"] = scales.pos
+    sides = {"scales_pos": scales.pos, "scales_neg": scales.neg} if weight.scheme.two_scales else {"scales": scales.pos}
+    tensors |= sides if grid is None else {name: to_bytes(side, grid) for name, side in sides.items()}
+    if grid is not None:
+        tensors["scale_grid"] = grid_tensor(grid).to(weight.codes.device)
     if scales.zero is not None:
         tensors["zeros"] = pack(scales.zero.T, bits)
     return tensors
 
 
-def scales_of(scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, bits: int) -> GroupScales:
+def scales_of(
+    scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None, bits: int
+) -> GroupScales:
     """Saved scale tensors -> GroupScales."""
     zero = None if zeros is None else unpack(zeros, bits, scales.shape[0]).T
+    if grid is not None:
+        scales = from_bytes(scales, grid)
+        scales_neg = None if scales_neg is None else from_bytes(scales_neg, grid)
     return GroupScales(scales, scales if scales_neg is None else scales_neg, zero)
 
 
 def from_tensors(tensors: dict[str, Tensor], scheme: Scheme, in_features: int) -> QuantizedWeight:
     """The inverse of `to_tensors`."""
     bits = scheme.format.bits
-    pos = tensors["scales_pos" if scheme.two_scales else "scales"]
-    scales = scales_of(pos, tensors.get("scales_neg"), tensors.get("zeros"), bits)
+    pos, grid = tensors["scales_pos" if scheme.two_scales else "scales"], tensors.get("scale_grid")
+    scales = scales_of(pos, tensors.get("scales_neg"), tensors.get("zeros"), grid, bits)
+    if grid is not None:
+        scheme = replace(scheme, grid=ScaleGrid(*grid.tolist()))
     return QuantizedWeight(unpack(tensors["qweight"], bits, in_features), scales, scheme)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from afpq.errors import AfpqError
 from afpq.formats import BITS, FORMATS, Format, parse_format
 
-SCALE_BITS = {"float16": 16, "float32": 32}  # scale_dtype -> bits of one stored scale
+SCALE_BITS = {"float16": 16, "float32": 32, "log8": 8}  # scale_dtype -> bits of one stored scale
 SCALE_SEARCHES = ("absmax", "mse")
 ORDERS = ("group", "act", "none")
 
@@ -33,21 +33,32 @@ METHODS = {
     "awq+gptq": Method("gptq", "awq"),
 }
 
-_SCHEME = re.compile(r"(?P<format>.+)-(?P<sym>sym|asym)-g(?P<group>-1|\d+)(?:-(?P<scale>float\d+))?")
+_SCHEME = re.compile(r"(?P<format>.+)-(?P<sym>sym|asym)-g(?P<group>-1|\d+)(?:-(?P<scale>float\d+|log\d+))?")
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The 128 magnitudes a "log8" scale of one weight can have: 2^(low + step * k), k = 0 .. 127."""
+
+    low: float
+    step: float
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Format + group size + symmetric or asymmetric; text form `nf3-asym-g128` (`-float32` appended for wide scales).
+    """Format + group size + symmetric or asymmetric + how scales are stored; text form `nf3-asym-g128`.
 
     `group_size` counts consecutive input weights of one row; -1 is the whole row. Asymmetric means one scale for
-    each sign (AFPQ), or scale and zero point where the format is an integer.
+    each sign (AFPQ), or scale and zero point where the format is an integer. `scale_dtype` other than float16 ends
+    the text form: `-float32`, or `-log8`, a byte of sign and logarithm on a `grid` fitted to each weight
+    (`scales.fit_grid`); a scheme that no weight has been fitted to has none, and grids do not tell schemes apart.
     """
 
     format: Format
     group_size: int = 128
     sym: bool = False
     scale_dtype: str = "float16"
+    grid: ScaleGrid | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.group_size < 1 and self.group_size != -1:

@@ -3,7 +3,8 @@
 
 Shrinking a scale clips the largest weight and rounds all others finer. The two sides of a group are independent
 one-dimensional problems, so each is scanned over the same ratios of its absmax scale, and the winner is refined by
-alternating codes and the closed-form best scale for those codes (least squares).
+alternating codes and the closed-form best scale for those codes (least squares). All of it is done a second time for
+the group's mirrored code book, written as negative scales, and the better one kept.
 
 Every group is sorted once and its running sums kept. All weights between two neighbouring boundaries take the same
 level v, so the error of a candidate, sum h (w - v)^2, is read off the running sums of h and h w at the boundaries:
@@ -15,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afpq.groups import GroupScales, extremes, parts, scales_from_range, side_midpoints, stored
+from afpq.groups import GroupScales, extremes, parts, scales_from_range, side_midpoints
+from afpq.scales import stored
 from afpq.scheme import Scheme
 
 # Of the absmax scale: 0.44 .. 1.105, and a few far below for groups whose largest weights hardly matter.
@@ -28,18 +30,33 @@ def search_scales(weight: Tensor, scheme: Scheme, importance: Tensor | None = No
     """float32 [rows, in] -> scales [rows, groups] of least sum of importance * (w - w_hat)^2.
 
     `importance`, float [in] >= 0, is usually the activations' second moment; None weighs all columns equally. The
-    error exceeds that of `fit_scales` by float32 rounding at most. Raises AfpqError as `fit_scales` does.
+    error exceeds that of `fit_scales` by float32 rounding at most. A scheme with a grid needs it fitted
+    (`groups.with_grid`). Raises AfpqError as `fit_scales` does.
     """
     low, high = extremes(weight, scheme)
     found = []
     for columns, groups, length in parts(weight.shape[-1], scheme.span(weight.shape[-1])):
         x = weight[:, columns].unflatten(-1, (-1, length))
         h = None if importance is None else importance[columns].view(-1, length)
-        found.append(_Search(x, h, scheme).run(low[:, groups, None], high[:, groups, None]))
+        found.append(_search_both(x, h, scheme, low[:, groups, None], high[:, groups, None]))
     pos = torch.cat([s.pos for s in found], 1).squeeze(-1)
     neg = torch.cat([s.neg for s in found], 1).squeeze(-1) if scheme.two_scales else pos
     zero = torch.cat([s.zero for s in found if s.zero is not None], 1).squeeze(-1) if scheme.zero_point else None
     return GroupScales(pos, neg, zero)
+
+
+def _search_both(x: Tensor, importance: Tensor | None, scheme: Scheme, low: Tensor, high: Tensor) -> GroupScales:
+    """Scales of groups x [rows, groups, length], [rows, groups, 1]: of the book as it is, or mirrored where better."""
+    plain = _Search(x, importance, scheme)
+    scales = plain.run(low, high)
+    book = scheme.format.values
+    if scheme.zero_point or all(a == -b for a, b in zip(book, reversed(book))):
+        return scales  # mirroring would change nothing
+    mirrored = _Search(-x, importance, scheme)
+    other = mirrored.run(high, low, saturate=True)  # its longer side may need a larger scale than can be stored
+    better = mirrored.total() < plain.total()
+    pos = torch.where(better, -other.pos, scales.pos)
+    return GroupScales(pos, torch.where(better, -other.neg, scales.neg) if scheme.two_scales else pos)
 
 
 class _Search:
@@ -64,14 +81,18 @@ class _Search:
         self.boundaries = torch.tensor([*middles[0], 0.0, *middles[1]], device=x.device)
         self.codes = torch.tensor(book, device=x.device)
 
-    def run(self, low: Tensor, high: Tensor) -> GroupScales:
-        self.best = scales_from_range(low, high, self.scheme)
+    def run(self, low: Tensor, high: Tensor, saturate: bool = False) -> GroupScales:
+        self.best = scales_from_range(low, high, self.scheme, saturate)
         self.error = self._errors(self.best)
         for ratio in RATIOS:
             self._consider(scales_from_range(low * ratio, high * ratio, self.scheme, saturate=True))
         for _ in range(REFINEMENTS):
             self._consider(self._least_squares())
         return self.best
+
+    def total(self) -> Tensor:
+        """Errors of the best, of whole groups, up to the same sum h w^2."""
+        return self.error[0] + self.error[1] if self.scheme.two_scales else self.error[0]
 
     def _units(self, scales: GroupScales) -> tuple[Tensor, Tensor]:
         """Levels and boundaries before scaling: shifted by each group's zero point where there is one."""

@@ -72,25 +72,30 @@ struct Case { // a random weight, and what it stands for
     Shape shape;
     int64_t group, groups, row_bytes, zero_bytes, scale_bytes;
     Array<uint8_t> codes, pos, neg, zeros;
-    float book[16];
+    float book[16], levels[256];
     std::vector<double> values, larger, zero; // [rows, columns], [rows, groups] twice
 
     explicit Case(Shape s)
         : shape(s), group(s.group < 0 ? s.columns : s.group), groups(divide(s.columns, group)),
           row_bytes(s.bits == 3 ? divide(s.columns, 8) * 3 : divide(s.columns * s.bits, 8)),
           zero_bytes(s.bits == 3 ? divide(s.rows, 8) * 3 : divide(s.rows * s.bits, 8)),
-          scale_bytes(s.kind == FLOAT32 ? 4 : 2), codes(s.rows * row_bytes), pos(s.rows * groups * scale_bytes),
+          scale_bytes(s.kind == BYTES ? 1 : s.kind == FLOAT32 ? 4 : 2), codes(s.rows * row_bytes), pos(s.rows * groups * scale_bytes),
           neg(s.rows * groups * scale_bytes), zeros(groups * zero_bytes) {
         for (int64_t i = 0; i < codes.count; i++) codes[i] = static_cast<uint8_t>(random_bits());
         for (int64_t i = 0; i < zeros.count; i++) zeros[i] = static_cast<uint8_t>(random_bits());
         const int size = 1 << s.bits;
         for (int i = 0; i < size; i++) // the positive side reaches 1, the negative one -0.9; entry 0 is 0
             book[i] = static_cast<float>(i == 0 ? 0 : i % 2 ? double(i) / (size - 1) : -0.9 * i / (size - 2));
+        for (int k = 0; k < 128; k++) {
+            levels[k] = static_cast<float>(std::exp2(-8 + k * 0.03));
+            levels[128 + k] = -levels[k];
+        }
         std::vector<double> p(static_cast<size_t>(s.rows * groups)), n(p.size());
         for (size_t i = 0; i < p.size(); i++) {
-            p[i] = random_scale(pos.data, i);
-            n[i] = random_scale(neg.data, i);
-            larger.push_back(s.sides == TWO ? std::fmax(p[i], n[i]) : p[i]);
+            const bool mirrored = random_bits() % 4 == 0;
+            p[i] = random_scale(pos.data, i, mirrored);
+            n[i] = random_scale(neg.data, i, mirrored);
+            larger.push_back(s.sides == TWO ? std::fmax(std::fabs(p[i]), std::fabs(n[i])) : std::fabs(p[i]));
         }
         for (int64_t row = 0; row < s.rows; row++)
             for (int64_t k = 0; k < s.columns; k++) {
@@ -112,33 +117,41 @@ struct Case { // a random weight, and what it stands for
         return value;
     }
 
-    double random_scale(uint8_t *at, size_t i) const { // 2^-8 to 2^-4, or sometimes none
+    double random_scale(uint8_t *at, size_t i, bool mirrored) const { // 2^-8 to 2^-4, or sometimes none, and a sign
         const bool none = random_bits() % 16 == 0;
+        const double sign = mirrored ? -1 : 1;
+        if (shape.kind == BYTES) {
+            at[i] = static_cast<uint8_t>(random_bits() % 128 + (mirrored ? 128 : 0));
+            return levels[at[i]];
+        }
         if (shape.kind == FLOAT32) {
-            const float value = none ? 0 : static_cast<float>(std::ldexp(1 + uniform(), -8 + int(random_bits() % 4)));
+            const double size = none ? 0 : std::ldexp(1 + uniform(), -8 + int(random_bits() % 4));
+            const float value = static_cast<float>(sign * size);
             memcpy(at + 4 * i, &value, 4);
             return value;
         }
         const int fraction_bits = shape.kind == FLOAT16 ? 10 : 7;
         const uint32_t exponent = (shape.kind == FLOAT16 ? 7 : 119) + random_bits() % 4;
         const uint32_t fraction = random_bits() % (1u << fraction_bits);
-        const uint16_t bits = none ? 0 : static_cast<uint16_t>(exponent << fraction_bits | fraction);
+        const uint16_t size = none ? 0 : static_cast<uint16_t>(exponent << fraction_bits | fraction);
+        const uint16_t bits = static_cast<uint16_t>(size | (mirrored ? 0x8000 : 0));
         memcpy(at + 2 * i, &bits, 2);
-        return shape.kind == FLOAT16 ? f16_value(bits) : bf16_value(bits);
+        return sign * (shape.kind == FLOAT16 ? f16_value(size) : bf16_value(size));
     }
 
     Weight weight() const {
         const uint8_t *negative = shape.sides == TWO ? neg.data : pos.data;
         const uint8_t *zero_points = shape.sides == ZEROS ? zeros.data : nullptr;
-        return {codes.data, pos.data,  negative,   zero_points,           book,       shape.rows, shape.columns, group,
-                groups,     row_bytes, zero_bytes, codes.data + row_bytes * shape.rows, shape.bits, shape.kind};
+        return {codes.data, pos.data, negative, zero_points, book, shape.kind == BYTES ? levels : nullptr,
+                shape.rows, shape.columns, group, groups, row_bytes, zero_bytes,
+                codes.data + row_bytes * shape.rows, shape.bits, shape.kind};
     }
 };
 
 void fail(const char *table, const char *what, const Case &c, int64_t tokens, int64_t token, int64_t row, double got,
           double want, double bound) {
     static const char *const SIDES[] = {"one scale", "two scales", "zero points"};
-    static const char *const KINDS[] = {"f32", "f16", "bf16"};
+    static const char *const KINDS[] = {"f32", "f16", "bf16", "bytes"};
     using Long = long long;
     printf("%s %s: bits %d group %lld columns %lld rows %lld, %s %s, tokens %lld: [%lld, %lld] is %.9g, ", table, what,
            c.shape.bits, Long(c.shape.group), Long(c.shape.columns), Long(c.shape.rows), SIDES[c.shape.sides],
@@ -303,7 +316,7 @@ void check_table(const Candidate &candidate) {
         for (const int64_t group : {32, 64, 96, 128, 160, 256, -1})
             for (const int64_t columns : {32, 40, 64, 100, 126, 128, 200, 384, 500, 1000})
                 for (const Sides sides : {ONE, TWO, ZEROS})
-                    for (const Kind kind : {FLOAT32, FLOAT16, BFLOAT16}) {
+                    for (const Kind kind : {FLOAT32, FLOAT16, BFLOAT16, BYTES}) {
                         if (kind == BFLOAT16 && cases % 4 != 0) continue;
                         const Case c({bits, group, columns, ROWS[cases % 10], sides, kind});
                         check_case(candidate, c, {1, TOKENS[1 + cases % 7]});

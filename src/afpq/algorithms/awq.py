@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, decode_groups, encode_groups, extremes, parts, scales_from_range
+from afpq.groups import GroupScales, decode_groups, encode_groups, extremes, parts, scales_from_range, with_grid
 from afpq.scheme import Scheme
 from afpq.search import RATIOS
 
@@ -103,6 +103,7 @@ def search_clips(W: Tensor, H: Tensor, scheme: Scheme, ratios: tuple[float, ...]
     code), there with one ratio; each row costs 2 x ratios products with H_gg. Raises AfpqError as `fit_scales` does.
     """
     W, H = W.float(), H.float()
+    scheme = with_grid(W, scheme)
     low, high = extremes(W, scheme)
     best = scales_from_range(low, high, scheme)  # overwritten: results kept in pieces would fragment the memory
     shrink = torch.tensor([1.0, *(r for r in ratios if r != 1.0)], device=W.device)  # absmax first: it wins ties

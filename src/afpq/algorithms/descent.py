@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups, stored
+from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups
+from afpq.scales import stored
 from afpq.scheme import Scheme
 
 
@@ -68,15 +69,19 @@ def _refit(codes: Tensor, G: Tensor, Hb: Tensor, Q: Tensor, scales: GroupScales,
     gradient = [(u * G).sum(0) for u in sides]
     step = _solve([[(u * hu).sum(0) for hu in HU] for u in sides], gradient)
     old = [scales.pos, scales.neg][: len(sides)]
-    new = [
-        stored((s.float() + d).clamp(min=0.25 * s.float(), max=4 * s.float()), scheme, saturate=True)
-        for s, d in zip(old, step)
-    ]
+    new = [_moved(s.float(), d, scheme) for s, d in zip(old, step)]
     changed = sum((n.float() - s.float()) * u for n, s, u in zip(new, old, sides))
     assert isinstance(changed, Tensor)
     better = (changed * (2 * G + Hb @ changed)).sum(0) < 0
     picked = [torch.where(better, n, s) for n, s in zip(new, old)]
     return GroupScales(picked[0], picked[-1], scales.zero)
+
+
+def _moved(scale: Tensor, step: Tensor, scheme: Scheme) -> Tensor:
+    """scale + step, of the sign of the scale and within four times its size, as stored."""
+    sign, size = torch.where(scale < 0, -1.0, 1.0), scale.abs()
+    new = stored((size + sign * step).clamp(min=0.25 * size, max=4 * size), scheme, saturate=True)
+    return new * sign.to(new.dtype)
 
 
 def _solve(A: list[list[Tensor]], gradient: list[Tensor]) -> list[Tensor]:

@@ -13,14 +13,14 @@ Cholesky factor U (Hinv = U^T U). What is done beyond the original:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from afpq.algorithms.descent import descend
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups, fit_scales
+from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups, fit_scales, with_grid
 from afpq.scheme import GptqOptions, Scheme
 from afpq.search import search_scales
 
@@ -77,6 +77,7 @@ def quantize_gptq(
     """
     options = options or GptqOptions()
     W = W.float()
+    scheme = with_grid(W, scheme)
     span = scheme.span(W.shape[1])
     groups = [slice(first, min(first + span, W.shape[1])) for first in range(0, W.shape[1], span)]
     importance = H.diagonal().float().clamp(min=0)
@@ -130,7 +131,7 @@ class _Run:
         """Round the columns of a turn, whose places in W are `columns`, and correct everything behind it."""
         owners = (columns // span).tolist()
         if owners[0] not in self.scales:  # a group whose turn begins: all corrections have reached it
-            one = Scheme(self.scheme.format, -1, self.scheme.sym, self.scheme.scale_dtype)
+            one = replace(self.scheme, group_size=-1)
             fitted = _fit(self.Wt[turn].T.contiguous(), self.importance[turn], one, self.search)
             self.scales[owners[0]] = fitted[:, 0]
         for first in range(turn.start, turn.stop, BLOCK):

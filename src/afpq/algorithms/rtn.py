@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, QuantizedWeight, encode, fit_scales
+from afpq.groups import GroupScales, QuantizedWeight, encode, fit_scales, with_grid
 from afpq.scheme import SCALE_SEARCHES, Scheme
 from afpq.search import search_scales
 
@@ -26,6 +26,7 @@ def quantize_rtn(
         raise AfpqError(f"expected a matrix with at least one weight, got shape {tuple(weight.shape)}")
     if scale_search not in SCALE_SEARCHES:
         raise AfpqError(f"scale search {scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
+    scheme = with_grid(weight, scheme)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found: list[GroupScales] = []
     for first in range(0, len(weight), max(1, CHUNK // weight.shape[1])):

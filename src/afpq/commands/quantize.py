@@ -60,6 +60,7 @@ def quantize(
     format: Annotated[str, typer.Option(help="nf2-4, fp3-4, int2-4, int8, or lut:VALUE:VALUE:...")] = "nf4",
     group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
+    scale_dtype: Annotated[str, typer.Option(help="float16, log8 (a byte a scale) or float32.")] = "float16",
     method: Annotated[str, typer.Option(help="rtn, gptq, awq or awq+gptq; all but rtn need text.")] = "rtn",
     scale_search: Annotated[
         str | None, typer.Option(help="absmax (the paper's; default of rtn) or mse (least squared error).")
@@ -94,7 +95,7 @@ def quantize(
     from afpq.scheme import GptqOptions, Recipe, Scheme
 
     recipe = Recipe(
-        Scheme(parse_format(format), group_size, sym),
+        Scheme(parse_format(format), group_size, sym, scale_dtype),
         method,
         scale_search,
         tuple(skip or ()),

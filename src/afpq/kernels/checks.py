@@ -11,8 +11,8 @@ from afpq.packing import packed_size
 
 
 def check_weight(
-    qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, codebook: list[float], bits: int,
-    group_size: int, columns: int,
+    qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None,
+    codebook: list[float], bits: int, group_size: int, columns: int,
 ) -> tuple[int, int]:  # fmt: skip
     """(groups of a row, bytes of a group's zero points). Raises AfpqError that names what does not fit."""
     rows, row_bytes = qweight.shape
@@ -24,6 +24,10 @@ def check_weight(
     for name, tensor in (("scales", scales), ("scales_neg", scales_neg)):
         if tensor is not None and (tensor.shape != (rows, groups) or tensor.dtype != scales.dtype):
             raise AfpqError(f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {[rows, groups]} {scales.dtype}")
+    if (scales.dtype == torch.uint8) != (grid is not None):
+        raise AfpqError(f"scales are {scales.dtype}, and {'no' if grid is None else 'a'} grid is given")
+    if grid is not None and (grid.shape != (2,) or grid.dtype != torch.float32):
+        raise AfpqError(f"scale_grid is {list(grid.shape)} {grid.dtype}, expected [2] torch.float32")
     zero_bytes = 0
     if zeros is not None:
         zero_bytes = packed_size(rows, bits)

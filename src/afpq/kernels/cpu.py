@@ -33,6 +33,7 @@ MANY_TOKENS = 160  # from which on decoding panels for torch's own matrix produc
 PANEL_BYTES = 4 << 20  # of decoded weights, to stay in a cache
 
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SCALES = {**_KINDS, torch.uint8: 3}
 _ERRORS = {1: "out of memory", 2: "bad argument"}
 
 
@@ -42,7 +43,7 @@ class _Native:
     def __init__(self) -> None:
         self.library = ctypes.CDLL(str(LIBRARY))
         pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        described = [pointer] * 5 + [whole] * 6 + [number] * 2
+        described = [pointer] * 6 + [whole] * 6 + [number] * 2
         self.library.afpq_linear.argtypes = [*described, pointer, number, whole, pointer, pointer, number]
         self.library.afpq_dequantize.argtypes = [*described, whole, whole, number, pointer]
         self.library.afpq_read.argtypes = [pointer, whole]
@@ -70,7 +71,9 @@ class _Native:
         for bits in BITS:
             qweight = codes[: 8 * packed_size(256, bits)].view(8, -1).clone()
             scales, scales_neg = torch.linspace(0.5, 2, 16).view(8, 2), torch.linspace(2, 0.5, 16).view(8, 2)
-            weight = _weight(qweight, scales, scales_neg, None, torch.linspace(-1, 1, 2**bits).tolist(), bits, 128, 256)
+            weight = _weight(
+                qweight, scales, scales_neg, None, None, torch.linspace(-1, 1, 2**bits).tolist(), bits, 128, 256
+            )
             assert weight is not None
             results = []
             for isa, int8 in ((name, 0), (name, 1), ("portable", 0)):
@@ -140,8 +143,8 @@ def _book(values: tuple[float, ...], bits: int) -> Any:
 
 
 def _weight(
-    qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, codebook: list[float], bits: int,
-    group_size: int, columns: int,
+    qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None,
+    codebook: list[float], bits: int, group_size: int, columns: int,
 ) -> list[Any] | None:  # fmt: skip
     """The arguments that describe a weight to the library; None where the reference has to do it.
 
@@ -149,10 +152,10 @@ def _weight(
     """
     rows, row_bytes = qweight.shape
     group = columns if group_size == -1 else group_size
-    if bits not in BITS or scales.dtype not in _KINDS:
+    if bits not in BITS or scales.dtype not in _SCALES:
         return None
-    groups, zero_bytes = check_weight(qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns)
-    for tensor in (qweight, scales, scales_neg, zeros):
+    groups, zero_bytes = check_weight(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns)
+    for tensor in (qweight, scales, scales_neg, zeros, grid):
         if tensor is not None and not tensor.is_contiguous():
             return None
     return [
@@ -160,8 +163,9 @@ def _weight(
         scales.data_ptr(),
         None if scales_neg is None else scales_neg.data_ptr(),
         None if zeros is None else zeros.data_ptr(),
+        None if grid is None else grid.data_ptr(),
         _book(tuple(codebook), bits),
-        *(rows, columns, min(group, columns), groups, row_bytes, zero_bytes, bits, _KINDS[scales.dtype]),
+        *(rows, columns, min(group, columns), groups, row_bytes, zero_bytes, bits, _SCALES[scales.dtype]),
     ]
 
 
@@ -176,6 +180,7 @@ def linear(
     scales: Tensor,
     scales_neg: Tensor | None,
     zeros: Tensor | None,
+    grid: Tensor | None,
     bias: Tensor | None,
     codebook: list[float],
     bits: int,
@@ -184,9 +189,9 @@ def linear(
     """See `reference.linear`; the weight is not rounded to the dtype of x."""
     library = native()
     columns = x.shape[-1]
-    weight = _weight(qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns)
+    weight = _weight(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns)
     if library is None or weight is None or x.dtype not in _KINDS or columns == 0:
-        return reference.linear(x, qweight, scales, scales_neg, zeros, bias, codebook, bits, group_size)
+        return reference.linear(x, qweight, scales, scales_neg, zeros, grid, bias, codebook, bits, group_size)
     x = x.contiguous()
     rows = qweight.shape[0]
     y = x.new_empty((*x.shape[:-1], rows))
@@ -206,7 +211,7 @@ def linear(
 
 def _many(library: _Native, weight: list[Any], x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """x [tokens, in] times panels of decoded rows, by torch; in float32 where the machine has no faster 16 bits."""
-    rows, columns = weight[5], weight[6]
+    rows, columns = weight[6], weight[7]
     dtype = x.dtype if library.isa == "amx" and x.dtype == torch.bfloat16 else torch.float32
     inputs, out = x.to(dtype), y.view(len(x), rows)
     size = max(16, PANEL_BYTES // (dtype.itemsize * columns))
@@ -224,6 +229,7 @@ def dequantize(
     scales: Tensor,
     scales_neg: Tensor | None,
     zeros: Tensor | None,
+    grid: Tensor | None,
     codebook: list[float],
     bits: int,
     group_size: int,
@@ -232,9 +238,11 @@ def dequantize(
 ) -> Tensor:
     """See `reference.dequantize`."""
     library = native()
-    weight = _weight(qweight, scales, scales_neg, zeros, codebook, bits, group_size, in_features)
+    weight = _weight(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features)
     if library is None or weight is None or dtype not in _KINDS or in_features == 0:
-        return reference.dequantize(qweight, scales, scales_neg, zeros, codebook, bits, group_size, in_features, dtype)
+        return reference.dequantize(
+            qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features, dtype
+        )
     out = torch.empty(qweight.shape[0], in_features, dtype=dtype)
     _done(library.library.afpq_dequantize(*weight, 0, qweight.shape[0], _KINDS[dtype], out.data_ptr()))
     return out

@@ -25,11 +25,21 @@ from torch import Tensor
 from afpq.errors import AfpqError
 from afpq.kernels import reference
 from afpq.kernels.checks import check_weight
-from afpq.kernels.tiles import MOST_TOKENS, Tile, bucket, candidates, fastest, tile_for
+from afpq.kernels.tiles import (
+    LEAST_FOLDED,
+    MOST_TOKENS,
+    Tile,
+    bucket,
+    candidates,
+    fastest,
+    steps_of_a_program,
+    tile_for,
+)
 
 BITS = (2, 3, 4)
 DTYPES = (torch.float16, torch.bfloat16)
 PANEL = Tile(rows=32, tokens=0, columns=128, warps=4, stages=1)  # decoded by one program
+PANEL_ROWS = 128
 ARENA = 1 << 20  # counters for captured graphs: 4 MiB
 
 
@@ -44,13 +54,19 @@ def kernels() -> Any:
     return triton
 
 
-@lru_cache(maxsize=256)
+@cache  # never given back: captured graphs hold their addresses
 def _tables(values: tuple[float, ...], bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """(float32 [2^bits], values; `dtype` [4^bits, 2], the values of each two codes, the even column's code low)."""
     book = torch.zeros(2**bits)
     book[: len(values)] = torch.tensor(values)
     pairs = torch.stack([book.repeat(2**bits), book.repeat_interleave(2**bits)], -1).to(dtype)
     return book.to(device), (pairs if dtype == torch.float32 else pairs.view(torch.int32)).to(device)
+
+
+@cache
+def _fits_16_bits(values: tuple[float, ...]) -> bool:
+    """Whether a code book keeps its precision in float16, with room for products."""
+    return all(v == 0 or 2.0**-12 <= abs(v) <= 2.0**12 for v in values)
 
 
 @cache
@@ -84,11 +100,11 @@ class _Counters:
         """For calls that run now: one call of a stream comes after the other."""
         counters = self.streams.get(stream)
         if counters is None or len(counters) < count:
-            counters = self.streams[stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=self.device)
+            counters = self.streams[stream] = self.fresh(max(count, 1024))
         return counters
 
-    def of_graph(self, count: int) -> Tensor:
-        """For a call that is being captured: its own, since nobody knows when the graph will run."""
+    def fresh(self, count: int) -> Tensor:
+        """Of one's own, as a call needs that is being captured, since nobody knows when its graph will run."""
         if self.used + count > ARENA:
             return torch.zeros(count, dtype=torch.int32, device=self.device)
         self.used += count
@@ -105,9 +121,21 @@ def _counters_for(device: torch.device, count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
         _counters[device] = _Counters(device)
     if capturing:
-        return _counters[device].of_graph(count)
+        return _counters[device].fresh(count)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _counters[device].of_stream(stream, count)
+
+
+def prepare(values: tuple[float, ...], bits: int, device: torch.device) -> None:
+    """Make what layers of this code book keep on a GPU, before they run: no graph may own it.
+
+    `torch.compile(mode="reduce-overhead")` refuses memory that a layer allocates for itself at its first call.
+    """
+    if device.type == "cuda" and bits in BITS and kernels() is not None:
+        for dtype in (*DTYPES, torch.float32):
+            _tables(values, bits, dtype, device)
+        if device not in _counters:
+            _counters[device] = _Counters(device)
 
 
 # ---- the choice of a tile
@@ -116,12 +144,12 @@ _tuned: dict[tuple[object, ...], Tile] = {}
 
 
 def _milliseconds(run: Callable[[], object]) -> float | None:
-    """Of one call with cold caches; None where the GPU lacks the registers or shared memory for it."""
+    """Of one call with cold caches; None where it cannot run, for lack of registers or shared memory mostly."""
     import triton
 
     try:
         return float(triton.testing.do_bench(run, warmup=5, rep=30))
-    except triton.runtime.errors.OutOfResources:
+    except Exception:  # whatever the compiler makes of a tile it does not like
         return None
 
 
@@ -130,7 +158,8 @@ def _tile(call: _Call, x: Tensor) -> Tile:
     capability = _capability(call.device)
     if os.environ.get("AFPQ_AUTOTUNE") != "1":
         return tile_for(capability, len(x))
-    key = (call.device, x.dtype, call.bits, call.group, *call.sizes(), bucket(len(x)))
+    kinds = [None if tensor is None else tensor.dtype for tensor in call.tensors]
+    key = (call.device, x.dtype, call.bits, call.group, call.aligned, *kinds, *call.sizes(), bucket(len(x)))
     if key not in _tuned:
         if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return tile_for(capability, len(x))
@@ -147,27 +176,27 @@ class _Call:
     """One weight described to the kernels."""
 
     def __init__(
-        self, qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, codebook: list[float],
-        bits: int, group_size: int, columns: int,
+        self, qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None,
+        codebook: list[float], bits: int, group_size: int, columns: int,
     ) -> None:  # fmt: skip
         self.groups, self.zero_bytes = check_weight(
-            qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns
+            qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns
         )
-        for name, tensor in (("scales", scales), ("scales_neg", scales_neg), ("zeros", zeros)):
+        for name, tensor in (("scales", scales), ("scales_neg", scales_neg), ("zeros", zeros), ("scale_grid", grid)):
             if tensor is not None and tensor.device != qweight.device:
                 raise AfpqError(f"{name} is on {tensor.device}, qweight on {qweight.device}; move the layer as a whole")
         qweight = qweight.contiguous()
-        self.tensors = [qweight, *(t if t is None else t.contiguous() for t in (scales, scales_neg, zeros))]
+        self.tensors = [qweight, *(t if t is None else t.contiguous() for t in (scales, scales_neg, zeros, grid))]
         self.device, self.rows, self.columns, self.bits = qweight.device, len(qweight), columns, bits
         self.row_bytes = qweight.shape[1]
         self.values = tuple(codebook)
         self.group = 0 if self.groups == 1 else group_size
         self.aligned = self.row_bytes % 4 == 0 and qweight.data_ptr() % 4 == 0
 
-    @property
-    def fusible(self) -> bool:
-        """Whether tiles of 32 columns or more can have one scale each."""
-        return self.group % 32 == 0
+    def fusible(self, tokens: int) -> bool:
+        """Whether the fused kernel can do it: for tiles of 32 columns or more in one group each, and in 16 bits."""
+        folded = tokens > LEAST_FOLDED and self.tensors[1] is not None and self.tensors[1].dtype == torch.float32
+        return tokens <= MOST_TOKENS and self.group % 32 == 0 and _fits_16_bits(self.values) and not folded
 
     def sizes(self) -> tuple[int, ...]:
         return self.rows, self.columns, self.row_bytes, self.groups, self.zero_bytes
@@ -178,8 +207,7 @@ class _Call:
         book, pairs = _tables(self.values, self.bits, x.dtype, self.device)
         tokens, steps = len(x), -(-self.columns // tile.columns)
         tiles = -(-self.rows // tile.rows), -(-tokens // tile.tokens)
-        wanted = -(-tile.programs * _multiprocessors(self.device) // (tiles[0] * tiles[1]))
-        each = -(-steps // min(wanted, -(-steps // 4)))  # at least 4 steps: a program has to start and end
+        each = steps_of_a_program(tiles[0] * tiles[1], steps, tile.programs, _multiprocessors(self.device))
         splits = -(-steps // each)
         y = x.new_empty(tokens, self.rows, dtype=module.result_dtype(x.dtype))
         sums = arrived = None
@@ -211,7 +239,8 @@ class _Call:
     def panels(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """As `multiply`, for any number of tokens: rows decoded into the last cache, and torch's product."""
         y = x.new_empty(len(x), self.rows)
-        size = max(16, _panel_bytes(self.device) // (x.element_size() * self.columns))
+        size = _panel_bytes(self.device) // (x.element_size() * self.columns)
+        size = max(PANEL_ROWS, size // PANEL_ROWS * PANEL_ROWS)  # aligned columns of y, for the fast products
         panel = x.new_empty(min(size, self.rows), self.columns)
         for first in range(0, self.rows, size):
             last = min(first + size, self.rows)
@@ -233,6 +262,7 @@ def linear(
     scales: Tensor,
     scales_neg: Tensor | None,
     zeros: Tensor | None,
+    grid: Tensor | None,
     bias: Tensor | None,
     codebook: list[float],
     bits: int,
@@ -241,8 +271,8 @@ def linear(
     """See `reference.linear`. Raises AfpqError for operands that do not fit together or are on different devices."""
     columns, rows = x.shape[-1], len(qweight)
     if kernels() is None or bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
-        return reference.linear(x, qweight, scales, scales_neg, zeros, bias, codebook, bits, group_size)
-    call = _Call(qweight, scales, scales_neg, zeros, codebook, bits, group_size, columns)
+        return reference.linear(x, qweight, scales, scales_neg, zeros, grid, bias, codebook, bits, group_size)
+    call = _Call(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns)
     if x.device != call.device:
         raise AfpqError(f"inputs are on {x.device}, the layer on {call.device}")
     flat = x.reshape(-1, columns).contiguous()
@@ -251,7 +281,7 @@ def linear(
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     with _on(call.device):
-        if call.fusible and x.dtype in DTYPES and len(flat) <= MOST_TOKENS:
+        if x.dtype in DTYPES and call.fusible(len(flat)):
             y = call.multiply(flat, bias, _tile(call, flat))
         else:
             y = call.panels(flat, bias)
@@ -263,15 +293,18 @@ def dequantize(
     scales: Tensor,
     scales_neg: Tensor | None,
     zeros: Tensor | None,
+    grid: Tensor | None,
     codebook: list[float],
     bits: int,
     group_size: int,
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `reference.dequantize`; the same to the last bit."""
+    """See `reference.dequantize`; equal but for scales on a grid, which come from the GPU's power of two."""
     if kernels() is None or bits not in BITS or not dtype.is_floating_point or in_features * len(qweight) == 0:
-        return reference.dequantize(qweight, scales, scales_neg, zeros, codebook, bits, group_size, in_features, dtype)
-    call = _Call(qweight, scales, scales_neg, zeros, codebook, bits, group_size, in_features)
+        return reference.dequantize(
+            qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features, dtype
+        )
+    call = _Call(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features)
     with _on(call.device):
         return call.decode(0, torch.empty(len(qweight), in_features, dtype=dtype, device=qweight.device))

@@ -16,6 +16,7 @@ def dequantize(
     scales: Tensor,
     scales_neg: Tensor | None,
     zeros: Tensor | None,
+    grid: Tensor | None,
     codebook: list[float],
     bits: int,
     group_size: int,
@@ -25,7 +26,7 @@ def dequantize(
     """Packed tensors (see `packing.layout`) -> [out, in_features] in `dtype`."""
     span = in_features if group_size == -1 else group_size
     codes = unpack(qweight, bits, in_features)
-    return decode(codes, scales_of(scales, scales_neg, zeros, bits), codebook, span).to(dtype)
+    return decode(codes, scales_of(scales, scales_neg, zeros, grid, bits), codebook, span).to(dtype)
 
 
 def linear(
@@ -34,11 +35,12 @@ def linear(
     scales: Tensor,
     scales_neg: Tensor | None,
     zeros: Tensor | None,
+    grid: Tensor | None,
     bias: Tensor | None,
     codebook: list[float],
     bits: int,
     group_size: int,
 ) -> Tensor:
     """x [..., in] -> x @ w_hat^T + bias, [..., out], in the dtype of x; w_hat is rounded to that dtype first."""
-    weight = dequantize(qweight, scales, scales_neg, zeros, codebook, bits, group_size, x.shape[-1], x.dtype)
+    weight = dequantize(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, x.shape[-1], x.dtype)
     return torch_linear(x, weight, bias)

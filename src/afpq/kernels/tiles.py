@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+LEAST_FOLDED = 64  # tokens; for more, weights are scaled in 16 bits
 MOST_TOKENS = 256  # for more, decoded panels go to the matrix product of torch
 
 
@@ -66,6 +67,22 @@ def bucket(tokens: int) -> int:
 
 def tile_for(capability: tuple[int, int], tokens: int) -> Tile:
     return TILES.get(capability, _SMALL)[bucket(tokens)]
+
+
+def steps_of_a_program(tiles: int, steps: int, programs: int, multiprocessors: int) -> int:
+    """How many of the steps along the columns a program takes, so that the busiest multiprocessor has least to do.
+
+    `tiles` of the result are shared out, with about `programs` for each multiprocessor or more, to hide latencies;
+    starting and ending one costs about as much as a step.
+    """
+    fewest = min(-(-3 * programs * multiprocessors // (4 * tiles)), steps)
+    best = steps, 0.0
+    for splits in range(fewest, min(max(8, 2 * fewest), steps) + 1):
+        each = -(-steps // splits)
+        busiest = -(-tiles * -(-steps // each) // multiprocessors) * (each + 1)
+        if not best[1] or busiest < best[1]:
+            best = each, busiest
+    return best[0]
 
 
 def candidates(capability: tuple[int, int], tokens: int) -> list[Tile]:

@@ -119,9 +119,19 @@ def _zero(zeros, row, group, N, zero_bytes, BITS: tl.constexpr):
     return field >> (row * BITS % 8) & (2**BITS - 1)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _scale(scales, grid, at):
+    """Scales, float32; a byte is a sign and the k of 2^(low + step * k)."""
+    stored = tl.load(scales + at)
+    if grid is None:
+        return stored.to(tl.float32)
+    size = tl.exp2(tl.load(grid) + tl.load(grid + 1) * (stored & 127).to(tl.float32))
+    return tl.where(stored > 127, -size, size)
+
+
+@triton.jit(do_not_specialize=["M", "groups", "zero_bytes", "steps"])
 def linear(
-    x, q, scales, scales_neg, zeros, book, pairs, bias, y, sums, arrived,
+    x, q, scales, scales_neg, zeros, grid, book, pairs, bias, y, sums, arrived,
     M, N, K, row_bytes, groups, zero_bytes, steps,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr,
@@ -154,7 +164,7 @@ def linear(
         xt = tl.load(x + m[None, :].to(tl.int64) * K + k + columns[:, None], mask=inside, other=0.0).to(T)
         group = k // GROUP if GROUP else 0
         at = row.to(tl.int64) * groups + group
-        pos = tl.load(scales + at).to(tl.float32)[:, None]
+        pos = _scale(scales, grid, at)[:, None]
         if zeros is not None:
             zero = tl.load(book + _zero(zeros, row, group, N, zero_bytes, BITS))[:, None]
             if FOLD:
@@ -162,7 +172,7 @@ def linear(
             else:
                 acc += pos * (tl.dot(w, xt) - zero * tl.sum(xt.to(tl.float32), 0)[None, :])
         elif scales_neg is not None:
-            neg = tl.load(scales_neg + at).to(tl.float32)[:, None]
+            neg = _scale(scales_neg, grid, at)[:, None]
             if FOLD:
                 nothing = tl.zeros_like(w)
                 above, below = tl.maximum(w, nothing), tl.minimum(w, nothing)
@@ -194,9 +204,9 @@ def linear(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows", "groups", "zero_bytes"])
 def dequantize(
-    q, scales, scales_neg, zeros, book, pairs, w_hat, first, rows, N, K, row_bytes, groups, zero_bytes,
+    q, scales, scales_neg, zeros, grid, book, pairs, w_hat, first, rows, N, K, row_bytes, groups, zero_bytes,
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
@@ -217,12 +227,12 @@ def dequantize(
     else:  # columns past the end may belong to a group that is not there
         group = tl.minimum(columns // GROUP, groups - 1)[None, :]
     at = row_long * groups + group
-    pos = tl.load(scales + at).to(tl.float32)
+    pos = _scale(scales, grid, at)
     if zeros is not None:
         zero = _zero(zeros, row[:, None], group, first + rows, zero_bytes, BITS)
         w = (w - tl.load(book + zero)) * pos
     elif scales_neg is not None:
-        w *= tl.where(w < 0, tl.load(scales_neg + at).to(tl.float32), pos)
+        w *= tl.where(w < 0, _scale(scales_neg, grid, at), pos)
     else:
         w *= pos
     stored = (n[:, None] < rows) & (columns[None, :] < K)
