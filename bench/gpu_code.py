@@ -33,7 +33,7 @@ from afpq.kernels import triton as kernels
 from afpq.kernels.gpu import PANEL
 from afpq.kernels.tiles import Tile, tile_for
 
-KINDS = ("sym", "asym", "zero")
+KINDS = ("sym", "asym", "zero", "bytes")  # one scale, two, one and a zero point, two of a byte
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB a program may have
 # (architecture, bits, kind) -> instructions for each weight, up to 16 tokens, groups of 128. At 4 bits on Hopper what
 # the best prototype of this loop took, on Ampere what an A100's memory leaves time for, else 3 % above the first count.
@@ -85,8 +85,12 @@ def compiled(
 ) -> Any:
     """A kernel for shapes that are multiples of the tile, as real models have them, and rows of one kind of scheme."""
     pointers = POINTERS | pointers
-    constants = constants | {"GROUP": 128, "ALIGNED": True, "EVEN": True, "PORTABLE": False}
-    if kind != "asym":
+    constants = {"GROUP": 128, "ALIGNED": True, "EVEN": True, "PORTABLE": False} | constants
+    if kind == "bytes":
+        pointers |= {"scales": "u8", "scales_neg": "u8", "grid": "fp32"}
+    else:
+        constants["grid"] = None
+    if kind not in ("asym", "bytes"):
         constants["scales_neg"] = None
     if kind != "zero":
         constants["zeros"] = None
@@ -105,19 +109,39 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def compiled_linear(arch: int, bits: int, kind: str, tile: Tile, dtype: str) -> Any:
+def compiled_linear(arch: int, bits: int, kind: str, tile: Tile, dtype: str, **changes: Any) -> Any:
     constants = {
         "BITS": bits, "FOLD": tile.fold, "SPLIT": True, "BN": tile.rows, "BM": tile.tokens, "BK": tile.columns,
         "STAGES": tile.stages, "T": kernels.product_dtype(DTYPES[dtype]), "bias": None,
-    }  # fmt: skip
+    } | changes  # fmt: skip
     pointers = {"x": dtype, "y": dtype, "sums": "fp32", "arrived": "i32"}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return compiled(kernels.linear, arch, kind, pointers, constants, **options)
 
 
-def compiled_dequantize(arch: int, bits: int, kind: str, tile: Tile, dtype: str) -> Any:
-    constants = {"BITS": bits, "BN": tile.rows, "BK": tile.columns}
+def compiled_dequantize(arch: int, bits: int, kind: str, tile: Tile, dtype: str, **changes: Any) -> Any:
+    constants = {"BITS": bits, "BN": tile.rows, "BK": tile.columns} | changes
     return compiled(kernels.dequantize, arch, kind, {"w_hat": dtype, "pairs": "fp32"}, constants, num_warps=tile.warps)
+
+
+# Paths that the table does not take: what runs in the interpreter need not compile.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"ALIGNED": False, "EVEN": False}, {"EVEN": False}, {"GROUP": 0}, {"PORTABLE": True},
+)  # fmt: skip
+
+
+def compile_variants(arch: int, dtype: str) -> int:
+    """Compile them all, without looking at the code; how many there were."""
+    count = 0
+    for kind in KINDS:
+        tile = tile_for((arch // 10, arch % 10), 16)
+        for changes in (*VARIANTS, {"SPLIT": False, "sums": None, "arrived": None}):
+            compiled_linear(arch, 3, kind, tile.within(changes.get("GROUP", 128)), dtype, **changes)
+            count += 1
+        for changes in (*VARIANTS, {"GROUP": 48}):
+            compiled_dequantize(arch, 3, kind, PANEL, "fp32", **changes)
+            count += 1
+    return count
 
 
 def disassembled(cubin: bytes) -> tuple[list[tuple[int, str]], str]:
@@ -195,6 +219,7 @@ def main() -> None:
                 for kind in KINDS:
                     codes.append(examine(arch, bits, kind, tokens, arguments.dtype))
                     print(row(codes[-1]), flush=True)
+    print(f"\nother paths compiled: {compile_variants(90, arguments.dtype)}", flush=True)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps([vars(code) | {"tile": vars(code.tile)} for code in codes], indent=1))
     sys.exit(any(code.faults() for code in codes))

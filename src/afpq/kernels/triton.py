@@ -124,9 +124,11 @@ def _scale(scales, grid, at):
     """Scales, float32; a byte is a sign and the k of 2^(low + step * k)."""
     stored = tl.load(scales + at)
     if grid is None:
-        return stored.to(tl.float32)
-    size = tl.exp2(tl.load(grid) + tl.load(grid + 1) * (stored & 127).to(tl.float32))
-    return tl.where(stored > 127, -size, size)
+        scale = stored.to(tl.float32)
+    else:
+        size = tl.exp2(tl.load(grid) + tl.load(grid + 1) * (stored & 127).to(tl.float32))
+        scale = tl.where(stored > 127, -size, size)
+    return scale
 
 
 @triton.jit(do_not_specialize=["M", "groups", "zero_bytes", "steps"])
