@@ -94,8 +94,12 @@ class AfpqLinear(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        kernels.prepare(self.scheme.format.values, self.scheme.format.bits, self.qweight.device)
+        self.prepare()
         return self
+
+    def prepare(self) -> None:
+        """Make what the kernels of its device keep, before the first call; moving a layer does it by itself."""
+        kernels.prepare(self.scheme.format.values, self.scheme.format.bits, self.qweight.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Refuses a tensor of another dtype, which torch would cast without a word."""

@@ -121,10 +121,13 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.failures:
             raise self.failures[0]
         for name, module in model.named_modules():
-            if isinstance(module, AfpqLinear) and "weight" in module._parameters:
+            if not isinstance(module, AfpqLinear):
+                continue
+            if "weight" in module._parameters:
                 raise AfpqError(
                     f"{name}.weight: not in the checkpoint, or not under this name; list it as not to convert"
                 )
+            module.prepare()
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
