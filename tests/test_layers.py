@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 
 # Every module of the package, in reading order: each imports only modules further up.
 ORDER = [
-    "errors", "version", "formats", "scheme", "groups", "search",
+    "errors", "devices", "version", "formats", "scheme", "groups", "search",
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
     "packing", "kernels.reference", "kernels.checks", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "blocks", "folds", "calibrate",

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from afpq.commands.common import DatasetOption, JsonOption, ModelArgument, TextOption, TrustOption, app
+from afpq.commands.common import (
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TrustOption,
+    app,
+)
 from afpq.console import check_json_place, console, progress_bar, quiet_transformers, save_json, size_text
 
 
@@ -72,6 +80,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     compute: Annotated[str, typer.Option(help="Arithmetic on a CPU: exact, or int8, which is faster.")] = "exact",
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Continue a text, greedily."""
@@ -80,6 +89,6 @@ def generate(
 
     set_compute(compute)
     with quiet_transformers():
-        loaded, tokenizer = load_model(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
+        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
         text = generate_text(loaded, tokenizer, prompt, max_new_tokens)
     console.print(text)
