@@ -20,8 +20,8 @@ ORDER = [
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "loading",
     "integrations.lm_eval", "api",
-    "info", "estimate", "evaluate", "report", "demo", "__init__", "console",
-    "commands", "commands.common", "commands.quantize", "commands.evaluate", "cli", "__main__",
+    "info", "inspect_model", "estimate", "evaluate", "report", "demo", "__init__", "console",
+    "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "cli", "__main__",
 ]  # fmt: skip
 
 OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import io
 import logging
 import math
@@ -81,11 +82,12 @@ class TaskRun:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        tokenizer = _padded(tokenizer)
         with self._surroundings():
             results = _guarded(
                 "the tasks",
                 lambda: simple_evaluate(
-                    HFLM(pretrained=model, tokenizer=_padded(tokenizer), batch_size=self.options.batch_size),
+                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.options.batch_size),
                     tasks=self.objects,
                     num_fewshot=self.options.num_fewshot,
                     limit=self.options.limit,
@@ -142,7 +144,7 @@ def _find_tasks(names: Sequence[str], options: TaskOptions) -> Any:
         manager = TaskManager(include_path=own, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):  # groups may name the harness' own tasks
             return manager
-    manager = TaskManager(include_path=own)
+    manager = _harness_tasks() if own is None else TaskManager(include_path=own)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -150,6 +152,14 @@ def _find_tasks(names: Sequence[str], options: TaskOptions) -> Any:
             place = f" nor in {own}" if own else ""
             raise AfpqError(f"task {name!r} is not known to lm-eval{place}{hint} (lm-eval ls tasks lists all)")
     return manager
+
+
+@functools.cache
+def _harness_tasks() -> Any:
+    """The harness' own tasks, read once for all runs of a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load(manager: Any, name: str, options: TaskOptions) -> list[Any]:
@@ -182,10 +192,15 @@ def _guarded(what: str, work: Callable[[], T]) -> T:
 
 
 def _padded(tokenizer: Any) -> Any:
-    """A copy with a padding token: the harness would invent one beyond the model's vocabulary. Padding is masked."""
+    """A copy with a padding token: the harness would invent one beyond the model's vocabulary. Padding is masked.
+
+    Raises AfpqError where no special token begins or ends a text: the harness puts one before an empty prompt.
+    """
+    if tokenizer.bos_token is None and tokenizer.eos_token is None:
+        raise AfpqError("the tokenizer has no token that begins or ends a text; lm-eval needs one of them")
     tokenizer = copy.deepcopy(tokenizer)
     if not any((tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token)):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = tokenizer.bos_token
     return tokenizer
 
 
