@@ -74,8 +74,8 @@ class TaskRun:
         self.options = options or TaskOptions()
         self.progress = progress
         with self._surroundings():
-            manager = _find_tasks(names, self.options)
-            self.objects = [task for name in names for task in _load(manager, name, self.options)]
+            self.manager = _find_tasks(names, self.options)
+            self.objects = [task for name in names for task in _load(self.manager, name, self.options)]
 
     def run(self, model: Any, tokenizer: Any) -> dict[str, TaskResult]:
         """Results by task and group, of a loaded model where it is. Raises AfpqError if the harness stops."""
@@ -89,6 +89,7 @@ class TaskRun:
                 lambda: simple_evaluate(
                     HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.options.batch_size),
                     tasks=self.objects,
+                    task_manager=self.manager,  # else it would read its index once more
                     num_fewshot=self.options.num_fewshot,
                     limit=self.options.limit,
                     log_samples=False,
