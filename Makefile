@@ -12,8 +12,14 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/pytest
 
-test-slow: $(INSTALLED)
+test-slow: $(VENV)/.installed-eval
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest tests/test_lm_eval.py
+
+# The evaluation harness: 630 MB with all it needs, so only here.
+$(VENV)/.installed-eval: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval]'
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

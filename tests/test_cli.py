@@ -222,6 +222,48 @@ def test_info_of_an_original_model(cli: Cli, tiny_model_dir: Path, tmp_path: Pat
     assert read_json(tmp_path / "i.json")["bits_per_weight"] == 16
 
 
+def test_inspect_as_a_process(tiny_model_dir: Path, tmp_path: Path) -> None:
+    told = finish(start("inspect", tiny_model_dir, "--group-size", "32", "--json", tmp_path / "i.json"))
+    assert (told.code, told.err) == (0, "")
+    assert "14 of 14 linears" in told.out and "self_attn.q_proj" in told.out
+    assert "  layers.0.mlp" not in told.out
+    assert "4 bits" in told.out and "3 bits" in told.out and "errors of the weights" in told.out
+    assert max(map(len, told.out.splitlines()[1:])) <= 80
+    found = read_json(tmp_path / "i.json")
+    assert found["schemes"]["nf4-asym-g32"]["bits"] == 5 and len(found["layers"]) == 14
+    assert found["recommendations"]["3"] in " ".join(told.out.split())
+
+
+def test_inspect_of_some_layers_each_on_a_line(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
+    some = ("--bits", "2", "--layers", "5", "--rows", "7", "--all", "--json", tmp_path / "i.json")
+    result = cli("inspect", tiny_model_dir, *some)
+    assert (result.code, result.err) == (0, "")
+    found = read_json(tmp_path / "i.json")
+    assert [layer["rows"] for layer in found["layers"]] == [7] * 5 and found["settings"]["bits"] == [2]
+    assert all(layer["name"].removeprefix("model.layers.") in result.out for layer in found["layers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--bits", "8"], "bits 8"),
+        (["--bits", "four"], "--bits"),
+        (["--group-size", "-1"], "group size -1"),
+        (["--layers", "some"], "'some'"),
+        (["--layers", "0"], "layer"),
+        (["--rows", "0"], "row"),
+        (["--scale-search", "luck"], "luck"),
+        (["--json", "/no/such/dir/a.json"], "/no/such/dir"),
+    ],
+)
+def test_bad_options_of_inspect(cli: Cli, tiny_model_dir: Path, options: list[str], word: str) -> None:
+    assert_refused(cli("inspect", tiny_model_dir, *options), word)
+
+
+def test_inspect_of_a_model_that_is_quantized_already(cli: Cli, packed: Path) -> None:
+    assert_refused(cli("inspect", packed), "already quantized")
+
+
 def test_generate_prints_text_as_it_is(cli: Cli, packed: Path) -> None:
     prompt = "[bold]a[/bold] [/x] :smile: " + "long " * 15
     result = cli("generate", packed, prompt, "--max-new-tokens", "3")
@@ -248,7 +290,7 @@ def test_a_name_that_looks_like_a_closing_tag(cli: Cli, tiny_model_dir: Path, tm
 def test_help_lists_the_commands(cli: Cli) -> None:
     result = cli("--help")
     assert result.code == 0
-    assert all(name in result.out for name in ("demo", "quantize", "eval", "info", "generate"))
+    assert all(name in result.out for name in ("demo", "quantize", "inspect", "eval", "info", "generate"))
     alone = cli()
     assert "quantize" in alone.out + alone.err and "Traceback" not in alone.err
 
@@ -461,7 +503,13 @@ def test_generate_in_either_arithmetic(cli: Cli, packed: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [[""], ["a", "--max-new-tokens", "0"], ["a", "--max-new-tokens", "x"], ["a", "--compute", "int4"]],
+    [
+        [""],
+        ["a", "--max-new-tokens", "0"],
+        ["a", "--max-new-tokens", "x"],
+        ["a", "--compute", "int4"],
+        ["a", "--device", "abacus"],
+    ],
 )
 def test_bad_options_of_generate(cli: Cli, packed: Path, options: list[str]) -> None:
     assert_refused(cli("generate", packed, *options))

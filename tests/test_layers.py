@@ -13,14 +13,15 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 
 # Every module of the package, in reading order: each imports only modules further up.
 ORDER = [
-    "errors", "version", "formats", "scheme", "scales", "groups", "search",
+    "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
     "packing", "kernels.reference", "kernels.checks", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
-    "checkpoint", "workdir", "integrations", "integrations.transformers", "loading", "api",
-    "info", "estimate", "evaluate", "report", "demo", "__init__", "console",
-    "commands", "commands.common", "commands.quantize", "commands.evaluate", "cli", "__main__",
+    "checkpoint", "workdir", "integrations", "integrations.transformers", "loading",
+    "integrations.lm_eval", "api",
+    "info", "inspect_model", "estimate", "evaluate", "report", "demo", "__init__", "console",
+    "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "cli", "__main__",
 ]  # fmt: skip
 
 OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval"}

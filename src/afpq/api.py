@@ -19,6 +19,7 @@ from afpq.calibrated import Calibration, run_calibrated
 from afpq.checkpoint import ShardWriter, write_json
 from afpq.config import config_to_json
 from afpq.data import sample_windows, tokenize
+from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.loading import context_length, load_tokenizer
 from afpq.pipeline import UnitResult, run
@@ -52,13 +53,7 @@ class CalibrationSettings:
 
     def torch_device(self) -> torch.device:
         """The device that computes. Raises AfpqError for one that is not here."""
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        try:
-            torch.empty(1, device=name).item()
-            return torch.device(name)
-        except Exception as error:  # torch raises many kinds for names and for drivers
-            reason = str(error).splitlines()[0][:120]
-            raise AfpqError(f"device {self.device!r} cannot be used; try auto or cpu ({reason})") from None
+        return find_device(self.device)
 
 
 @dataclass(frozen=True)

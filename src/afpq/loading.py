@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
 from afpq.source import open_checkpoint
@@ -19,21 +20,22 @@ from afpq.source import open_checkpoint
 T = TypeVar("T")
 
 
-def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode: on a GPU in its own dtype, on a CPU in float32.
+def load_model(model: str | Path, trust_remote_code: bool = False, device: str = "auto") -> Any:
+    """A causal language model in evaluation mode on `device`: in its own dtype, but on a CPU in float32.
 
-    The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects.
+    The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects,
+    and for a device that cannot be used.
     """
+    place = find_device(device)
     checkpoint = open_checkpoint(model)
     directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
     if isinstance(keys, dict) and keys.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
         raise AfpqError(f"{model}: quantized by {keys.get('quant_method')!r}, which Transformers cannot load here")
-    cuda = torch.cuda.is_available()
     loaded, report = _guarded(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype="auto" if cuda else torch.float32,
+            dtype=torch.float32 if place.type == "cpu" else "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         ),
@@ -41,7 +43,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers fills them with random numbers
         raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
-    return loaded.to("cuda" if cuda else "cpu").eval()
+    return loaded.to(place).eval()
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:

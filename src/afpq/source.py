@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,16 @@ class Checkpoint:
         try:
             with safe_open(info.file, "pt") as file:
                 return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        except (OSError, SafetensorError) as error:
+            raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, [len(rows), in]; nothing else of it is read. Raises as `read` does."""
+        info = self.tensors[name]
+        try:
+            with safe_open(info.file, "pt") as file:
+                matrix = file.get_slice(name)
+                return torch.cat([matrix[row : row + 1] for row in rows])
         except (OSError, SafetensorError) as error:
             raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
 

@@ -22,3 +22,4 @@ TrustOption = Annotated[
 ]
 TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="wikitext2, ptb or c4 (needs afpq[eval]).")]
+DeviceOption = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]

@@ -3,12 +3,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from afpq.commands.common import DatasetOption, JsonOption, ModelArgument, TextOption, TrustOption, app
-from afpq.console import check_json_place, console, progress_bar, quiet_transformers, save_json, size_text
+from afpq.commands.common import (
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TrustOption,
+    app,
+)
+from afpq.console import (
+    check_json_place,
+    console,
+    errors,
+    progress_bar,
+    quiet_transformers,
+    save_json,
+    size_text,
+)
+from afpq.errors import AfpqError
 
 
 @app.command("eval")
@@ -19,29 +39,89 @@ def evaluate_command(
     seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.")] = None,
     reference: Annotated[str | None, typer.Option(help="Also measure KL divergence from this model.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-evaluation-harness, such as hellaswag,piqa (needs afpq[eval]).")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A directory with tasks of your own, in YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt, instead of the task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts scored together in tasks.")] = 8,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let tasks such as humaneval run code the model writes.")
+    ] = False,
+    device: DeviceOption = "auto",
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity with its standard error, and the distance from a reference model."""
-    from afpq.data import read_text, tokenize, windows
-    from afpq.evaluate import evaluate, logits_of
-    from afpq.loading import context_length, load_model, load_tokenizer
+    """Perplexity with its standard error, the distance from a reference model, and scores on benchmarks."""
+    from afpq.data import read_text
+    from afpq.devices import find_device
+    from afpq.integrations.lm_eval import TaskOptions, TaskRun
+    from afpq.loading import load_model, load_tokenizer
 
     check_json_place(json)
-    content = read_text(text, dataset)
+    find_device(device)
+    if tasks is None and (include_path, limit, num_fewshot) != (None, None, None):
+        raise AfpqError("--include-path, --limit and --num-fewshot are for --tasks, which is not given")
+    if tasks is not None and reference is not None and text is None and dataset is None:
+        raise AfpqError("--reference needs text to compare on: --text FILE or --dataset NAME")
+    content = read_text(text, dataset) if tasks is None or text is not None or dataset is not None else None
+    result: dict[str, Any] = {}
     with quiet_transformers():
-        loaded = load_model(model, trust_remote_code)
-        length = min(seq_len, context_length(loaded) or seq_len)
-        token_windows = windows(tokenize(load_tokenizer(model, trust_remote_code), content), length, max_tokens)
-        other = None if reference is None else logits_of(load_model(reference, trust_remote_code), token_windows)
-        with progress_bar("windows") as advance:
-            result = evaluate(loaded, token_windows, other, lambda done, total: advance("windows", done, total))
+        run = None
+        if tasks is not None:
+            options = TaskOptions(include_path, limit, num_fewshot, batch_size, allow_code_execution)
+            run = TaskRun(tasks.split(","), options, progress=errors.is_terminal)
+        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
+        if content is not None:
+            other = None if reference is None else load_model(reference, trust_remote_code, device)
+            result |= _measure_text(loaded, tokenizer, content, seq_len, max_tokens, other)
+        if run is not None:
+            scores = run.run(loaded, tokenizer)
+            _print_tasks(scores, limit)
+            result["tasks"] = {name: score.to_json() for name, score in scores.items()}
+    save_json(json, result)
+
+
+def _measure_text(
+    model: Any, tokenizer: Any, text: str, seq_len: int, max_tokens: int | None, reference: Any
+) -> dict[str, Any]:
+    """Measure on a text, print the figures, and return them for `--json`."""
+    from afpq.data import tokenize, windows
+    from afpq.evaluate import evaluate, logits_of
+    from afpq.loading import context_length
+
+    length = min(seq_len, context_length(model) or seq_len)
+    token_windows = windows(tokenize(tokenizer, text), length, max_tokens)
+    other = None if reference is None else logits_of(reference, token_windows)
+    with progress_bar("windows") as advance:
+        result = evaluate(model, token_windows, other, lambda done, total: advance("windows", done, total))
     console.print(f"perplexity      {result.perplexity:.4f} ± {result.standard_error:.4f}")
     console.print(f"tokens          {result.tokens:,} predicted, windows of {token_windows.shape[1]}")
     if result.kl_divergence is not None:
         console.print(f"KL divergence   {result.kl_divergence:.6f} ± {result.kl_standard_error:.6f} nats per token")
         console.print(f"top-1 agreement {100 * (result.top1_agreement or 0):.2f} %")
-    save_json(json, result.to_json())
+    return result.to_json()
+
+
+def _print_tasks(scores: dict[str, Any], limit: int | None) -> None:
+    """A line for each metric of each task: value, standard error, examples in the prompt, documents."""
+    table = Table("task", "metric", "value", "shots", "documents", box=SIMPLE_HEAD)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, score in scores.items():
+        for key, value in score.metrics.items():
+            metric, _, kind = key.partition(",")
+            if not metric.endswith("_stderr"):
+                error = score.metrics.get(f"{metric}_stderr,{kind}")
+                text = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                shots, documents = (
+                    "" if count is None else f"{count:,}" for count in (score.num_fewshot, score.documents)
+                )
+                table.add_row(name, metric if kind == "none" else f"{metric} ({kind})", text, shots, documents)
+    console.print(table)
+    if limit is not None:
+        console.print(f"the first {limit:,} documents of each task only: not the benchmark's result")
 
 
 @app.command()
@@ -72,6 +152,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     compute: Annotated[str, typer.Option(help="Arithmetic on a CPU: exact, or int8, which is faster.")] = "exact",
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Continue a text, greedily."""
@@ -80,6 +161,6 @@ def generate(
 
     set_compute(compute)
     with quiet_transformers():
-        loaded, tokenizer = load_model(model, trust_remote_code), load_tokenizer(model, trust_remote_code)
+        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
         text = generate_text(loaded, tokenizer, prompt, max_new_tokens)
     console.print(text)

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from afpq.commands.common import DatasetOption, JsonOption, ModelArgument, TextOption, TrustOption, app
+from afpq.commands.common import (
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TrustOption,
+    app,
+)
 from afpq.console import (
     check_json_place,
     console,
@@ -81,7 +89,7 @@ def quantize(
     sequential: Annotated[
         bool, typer.Option("--sequential/--no-sequential", help="GPTQ: quantize a block's layers one after the other.")
     ] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False,
     json: JsonOption = None,
