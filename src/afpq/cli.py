@@ -11,12 +11,12 @@ from typing import NoReturn
 
 import typer
 
-from afpq.commands import evaluate, quantize
+from afpq.commands import compare, evaluate, quantize
 from afpq.commands.common import app
 from afpq.console import errors
 from afpq.errors import AfpqError
 
-COMMANDS = (quantize, evaluate)  # importing them registers their commands, in this order
+COMMANDS = (quantize, evaluate, compare)  # importing them registers their commands, in this order
 
 
 class _Stop:
