@@ -147,9 +147,9 @@ def sentences(results: Sequence[Result]) -> list[str]:
             text += f"; within the noise of it: {', '.join(_with_bits(r) for r in equals)}"
         said.append(f"{text}.")
     front = pareto_front(quantized)
-    others = len(quantized) - len(front)
-    names = ", ".join(f"{r.cell} ({r.bits_per_weight:.3f})" for r in front)
-    beaten = f"; the other {others} have a cell beside them with no more bits and a lower KL" if others else ""
+    names = ", ".join(_with_bits(r) for r in front)
+    rest = "; every other cell has one beside it with no more bits and no higher KL"
+    beaten = rest if len(front) < len(quantized) else ""
     said.append(f"On the Pareto front of KL against true bits: {names}{beaten}.")
     for pair in pairs(quantized):
         if pair.other is None:
