@@ -59,6 +59,7 @@ def test_cells_hold_what_the_library_measures(tiny_model_dir: Path, tmp_path: Pa
     afpq.quantize(tiny_model_dir, tmp_path / "out", "nf3-asym-g64", method="gptq", text=TEXT[::-1], settings=SETTINGS)
     expected = evaluate(load_model(tmp_path / "out"), text, list(logits_of(original, text)))
     rtn, gptq = results[1:]
+    assert rtn.calibration is None and gptq.calibration == "the calibration text, 4 windows of 32 tokens"
     assert gptq.evaluation.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
     assert gptq.kl == pytest.approx(expected.kl_divergence, rel=1e-4)
     assert sum(gptq.window_divergences) / len(text) == pytest.approx(gptq.kl)
@@ -190,7 +191,7 @@ def test_peers_stand_beside_ours_and_their_troubles_do_not_stop_us(
     assert len(peer.layers) == 14 and all(layer.weight == 0 for layer in peer.layers)
     wide, failing = comparison.left_out
     assert "torch wide" in wide and "torch failing failed: RuntimeError: no luck" in failing
-    lines = describe_setting(comparison, "text", "none").lines()
+    lines = describe_setting(comparison, results).lines()
     assert any("no luck" in line for line in lines) and any("not installed: absent" in line for line in lines)
 
 
@@ -231,11 +232,11 @@ def test_schemes_named_twice_are_measured_once(tiny_model_dir: Path) -> None:
 
 
 def test_a_report_needs_no_network_and_is_whole(tiny_model_dir: Path, finished: Path, tmp_path: Path) -> None:
-    asked = question(tiny_model_dir)
+    asked = question(tiny_model_dir, text_name="<text> & more")
     agenda = make_agenda(asked)
     comparison = Comparison(asked, agenda, finished)
     results = comparison.run(lambda what, share: None, lambda note: None)
-    about = describe_setting(comparison, "<text> & more", "none")
+    about = describe_setting(comparison, results)
     written = write_comparison(tmp_path, about, results, asymmetries(agenda, results))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     assert sorted(written) == sorted(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afpq.svg import SHAPES, Mark, _log_ticks, _ticks, bars, heat, scatter
+from afpq.svg import LETTER, SHAPES, Mark, _log_ticks, _ticks, bars, heat, scatter
 
 NUMBERS = st.floats(0.001, 1e6)
 
@@ -41,7 +41,7 @@ def test_names_do_not_lie_on_each_other(points: list[tuple[float, float]]) -> No
     svg = scatter([mark(x, y, label=f"name-{i}") for i, (x, y) in enumerate(points)], "t", ("x", "y"))
     boxes = []
     for x, y, anchor, text in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(name-\d+)', svg):
-        wide = 5.6 * len(text)
+        wide = LETTER * len(text)
         begin = float(x) - {"start": 0, "end": wide, "middle": wide / 2}[anchor]
         boxes.append((begin, float(y) - 9, begin + wide, float(y) + 2))
     for a, b in combinations(boxes, 2):

@@ -25,7 +25,7 @@ class Question:
     """What is to be compared, on what. `schemes` and `methods` are text forms; `text` is measured on.
 
     `seq_len` and `max_tokens` cut the text into windows; `settings` are for the calibrated methods. With `peers`, other
-    tools that are installed are measured too; with `keep` the quantized models stay.
+    tools that are installed are measured too; with `keep` the quantized models stay. The names are for the report.
     """
 
     model: str
@@ -36,6 +36,8 @@ class Question:
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     seq_len: int = 2048
     max_tokens: int | None = None
+    text_name: str = "the text"
+    calibration_name: str = "the calibration text"
     peers: bool = False
     keep: bool = False
     trust_remote_code: bool = False

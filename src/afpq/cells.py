@@ -73,6 +73,7 @@ class Result:
     differences between cells are taken window by window, where most of the noise is common and cancels. `seconds` to
     quantize, None where the run was stopped in between. `speed` of greedy generation, the float model's being 1, and
     `tokens_per_second` of the same; None where it was not measured. `codes` counts how often each code was used.
+    `calibration` says in words what the method learned from.
     """
 
     cell: Cell
@@ -87,6 +88,7 @@ class Result:
     tokens_per_second: float | None = None
     layers: tuple[LayerError, ...] = ()
     codes: tuple[int, ...] = ()
+    calibration: str | None = None
 
     @property
     def kl(self) -> float:

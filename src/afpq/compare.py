@@ -34,6 +34,7 @@ from afpq.skeleton import build_skeleton
 from afpq.speed import compare_speed, generation_seconds
 from afpq.tabulate import About
 
+SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell
 SAMPLED_LAYERS, SAMPLED_ROWS = 48, 512  # what the distributions are counted on, of each model and of each layer
 
@@ -163,10 +164,16 @@ class Comparison:
         result = _result(
             task.cell, seen, info.bits_per_weight, info.coverage, info.file_bytes,
             seconds=seconds, speed=speed, tokens_per_second=rate, layers=_layer_errors(place), codes=_used_codes(model),
+            calibration=self._learned_from(job),
         )  # fmt: skip
         if not self.question.keep:
             shutil.rmtree(place)
         return result
+
+    def _learned_from(self, job: Job) -> str | None:
+        if job.windows is None:
+            return None
+        return f"{self.question.calibration_name}, {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens"
 
     def _measure_peer(self, cell: Cell, peer: Peer, step: Progress) -> Result:
         """Its approximation of every weight we would quantize, put into another copy of the float model."""
@@ -190,16 +197,10 @@ class Comparison:
         return _result(cell, seen, 8 * stored / elements, coverage, size, seconds=seconds, layers=tuple(errors))
 
 
-def _result(
-    cell: Cell, seen: Measured, bits: float, coverage: float, file_bytes: int, *,
-    seconds: float | None = None, speed: float | None = None, tokens_per_second: float | None = None,
-    layers: tuple[LayerError, ...] = (), codes: tuple[int, ...] = (),
-) -> Result:  # fmt: skip
+def _result(cell: Cell, seen: Measured, bits: float, coverage: float, file_bytes: int, **others: Any) -> Result:
     divergences = () if seen.divergences is None else tuple(seen.divergences.mean(1).tolist())
-    return Result(
-        cell, bits, coverage, file_bytes, seen.evaluation(), tuple(seen.losses.mean(1).tolist()), divergences,
-        seconds, speed, tokens_per_second, layers, codes,
-    )  # fmt: skip
+    losses = tuple(seen.losses.mean(1).tolist())
+    return Result(cell, bits, coverage, file_bytes, seen.evaluation(), losses, divergences, **others)
 
 
 def describe(result: Result) -> str:
@@ -209,22 +210,28 @@ def describe(result: Result) -> str:
     return f"{result.cell}: {result.bits_per_weight:.3f} bits, perplexity {e.perplexity:.3f}{kl}"
 
 
-def describe_setting(comparison: Comparison, text: str, calibration: str) -> About:
-    """What was measured on what, for the report; the arguments name the texts."""
-    agenda = comparison.agenda
-    job = next((task.job for task in agenda.tasks if task.job is not None and task.job.windows is not None), None)
-    learned = None
-    if job is not None and job.windows is not None:
-        learned = f"{calibration}, {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens"
+def describe_setting(comparison: Comparison, results: Sequence[Result]) -> About:
+    """What was measured on what, for the report."""
+    agenda, question = comparison.agenda, comparison.question
+    learned = "; ".join(dict.fromkeys(result.calibration for result in results if result.calibration)) or None
     notes = [f"Left out: {reason}." for reason in comparison.left_out]
-    missing = missing_packages() if comparison.question.peers else []
+    missing = missing_packages() if question.peers else []
     if missing:
         notes.append(f"Other tools that were not installed: {', '.join(missing)}.")
+    if agenda.first.plan.input_bytes < SMALL:
+        notes.append("A model as small as this spends its time on overhead: its speed says little about larger ones.")
     threads = f"{torch.get_num_threads()} threads, float32 for the float model"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads}"
     windows = agenda.windows.shape[0], agenda.windows.shape[1]
-    name = Path(comparison.question.model).name
-    return About(name, text, windows, learned, machine, agenda.first.plan.coverage, tuple(notes))
+    return About(
+        Path(question.model).name,
+        question.text_name,
+        windows,
+        learned,
+        machine,
+        agenda.first.plan.coverage,
+        tuple(notes),
+    )
 
 
 def _layer_errors(directory: Path) -> tuple[LayerError, ...]:

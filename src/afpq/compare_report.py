@@ -21,7 +21,7 @@ def write_comparison(
     directory: Path, about: About, results: Sequence[Result], groups: Sequence[Asymmetry]
 ) -> list[Path]:
     """Returns what was written. `results` starts with the float model. Raises AfpqError where it cannot be written."""
-    title, said = f"{about.model}, quantized", sentences(results)
+    title, said = f"{about.model}: {len(results) - 1} ways to quantize it", sentences(results)
     written = [directory / f"report.{kind}" for kind in ("html", "md", "json")]
     try:
         _replace(written[0], page(title, said, about, results, groups))

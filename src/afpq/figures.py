@@ -12,7 +12,7 @@ from statistics import fmean
 from afpq.cells import Cell, LayerError, Result
 from afpq.distributions import BINS, EDGE, LOPSIDED, Asymmetry, entropy
 from afpq.findings import pareto_front, rise
-from afpq.svg import Mark, bars, heat, scatter, shape_sample
+from afpq.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
 
 MOST = 12  # cells that get a small chart of their own
 COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3"}
@@ -57,9 +57,9 @@ def legend(results: Sequence[Result]) -> str:
     """What colours and shapes mean, as HTML."""
     cells = [result.cell for result in results if not result.cell.is_float]
     methods = [m for m in COLOURS if any(cell.method == m for cell in cells)]
-    entries = [(shape_sample("square", COLOURS[m]), m) for m in methods]
+    entries = [(shape_sample("swatch", COLOURS[m]), m) for m in methods]
     if any(cell.method not in COLOURS for cell in cells):
-        entries.append((shape_sample("square", OTHERS), "another tool"))
+        entries.append((shape_sample("triangle", OTHERS), KINDS["triangle"]))
     ours = [kind for kind in KINDS if kind != "triangle" and any(shape_of(cell) == kind for cell in cells)]
     entries += [(shape_sample(kind, ""), KINDS[kind]) for kind in ours]
     return "".join(f"<span>{sample}{escape(text)}</span>" for sample, text in entries)
@@ -116,7 +116,8 @@ def _layers(results: Sequence[Result]) -> Figure:
     drawn = [r for r in results if r.layers][:MOST]
     caption = (
         "Relative squared error of each layer: of its outputs where the method learned from text, else of its weights. "
-        "The darkest square of a chart is its worst layer." + _left_out(results, len(drawn))
+        f"Darker squares are above the mean of their chart, the darkest {FACTOR:g} times and more."
+        + _left_out(results, len(drawn))
     )
     return Figure("Error of each layer", tuple((_layer_heading(r), _layer_chart(r)) for r in drawn), caption, True)
 
@@ -127,7 +128,9 @@ def _error(layer: LayerError) -> float:
 
 def _layer_heading(result: Result) -> str:
     of = "outputs" if any(layer.output is not None for layer in result.layers) else "weights"
-    return f"{escape(str(result.cell))} <small>{of}, mean {fmean(map(_error, result.layers)):.1e}</small>"
+    return (
+        f"{escape(str(result.cell))} <small>{of}, mean error {1000 * fmean(map(_error, result.layers)):.2f}e-3</small>"
+    )
 
 
 def _layer_chart(result: Result) -> str:

@@ -24,7 +24,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; overflow-wrap: anyw
 h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 h3 { font-size: 0.85rem; margin: 0; overflow-wrap: anywhere; }
 small, figcaption, .how { color: var(--soft); font-size: 0.85rem; }
-h3 small { font-weight: normal; }
+h3 small { display: block; font-weight: normal; }
 ul { padding-left: 1.2rem; margin: 0.5rem 0; } li { margin: 0.2rem 0; overflow-wrap: anywhere; }
 .box { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 .box:focus-visible, button:focus-visible { outline: 2px solid var(--c0); }
@@ -44,9 +44,9 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 .charts.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 figure { margin: 0; } figcaption { max-width: 60rem; margin: 0.3rem 0; }
 svg { display: block; width: 100%; height: auto; color: var(--ink); } .sample { display: inline; width: 14px; }
-svg text { font: 10px system-ui, sans-serif; fill: var(--soft); }
+svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.c4 { color: var(--c4); } .name text { fill: currentColor; }
+.c4 { color: var(--c4); } .name text { fill: currentColor; stroke: var(--paper); stroke-width: 3; paint-order: stroke; }
 .mark { fill: currentColor; } .ring { fill: var(--paper); stroke: currentColor; stroke-width: 2; }
 .bar { fill: var(--c0); } .axis, .grid, .error, .front, .level { fill: none; stroke: var(--line); }
 .axis { stroke: var(--soft); } .error { stroke: currentColor; stroke-width: 1.2; }
@@ -79,6 +79,7 @@ def page(title: str, said: Sequence[str], about: About, results: Sequence[Result
     compared = pair_rows(results)
     parts = [
         f"<h1>{escape(title)}</h1>",
+        f"<p class=how>{escape(about.head(results[0]))}</p>",
         _list(said),
         f'<div class="charts large">{"".join(large)}</div>' if large else "",
         "<h2>All cells</h2>",

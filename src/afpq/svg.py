@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-LETTER = 5.6  # width of a letter of a label, in the units of the drawing
+LETTER = 6.1  # width of a letter of a label, in the units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36  # room around the plot
 SHAPES = ("dot", "ring", "square", "triangle")
+FACTOR = 2.0  # a heat map is darkest at this many times the mean, and lightest at the mean divided by it
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,16 @@ def scatter(
         y = frame.y(level[0])
         parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{frame.width - RIGHT}"/>')
         parts.append(_text(frame.width - RIGHT, y - 4, level[1], "end"))
+    corners = [(frame.x(x), frame.y(y)) for x, y in front]
     if front:
-        steps = "".join(f"H{frame.x(x):.1f}V{frame.y(y):.1f}" for x, y in front[1:])
-        parts.append(f'<path class="front" d="M{frame.x(front[0][0]):.1f} {frame.y(front[0][1]):.1f}{steps}"/>')
+        steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:])
+        parts.append(f'<path class="front" d="M{corners[0][0]:.1f} {corners[0][1]:.1f}{steps}"/>')
     placed = [(frame.x(m.x), frame.y(m.y)) for m in marks]
     for mark, (x, y) in zip(marks, placed):
         low = frame.y(max(mark.y - mark.error, frame.y_range[0]))
         bar = f'<path class="error" d="M{x:.1f} {low:.1f}V{frame.y(mark.y + mark.error):.1f}"/>' if mark.error else ""
         parts.append(f'<g class="{mark.colour}"><title>{escape(mark.tip)}</title>{bar}{_shape(mark.shape, x, y)}</g>')
-    parts += _labels(marks, placed, frame)
+    parts += _labels(marks, placed, corners, frame)
     return _svg(frame.width, frame.height, title, parts)
 
 
@@ -98,12 +101,13 @@ def bars(counts: Sequence[float], title: str, ticks: Sequence[tuple[float, str]]
 
 
 def heat(rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Callable[[str, int, float], str]) -> str:
-    """A square for each value, the darker the nearer to the largest; None leaves a gap. `tip`: (row, column, value)."""
+    """A square for each value, darker above the mean, lighter below; None leaves a gap. `tip`: (row, column, value)."""
     left, width, each = 96.0, 280.0, 14.0
     columns = max(len(values) for _, values in rows)
     step = (width - left) / columns
     height = each * len(rows) + 18
-    top = max((v for _, values in rows for v in values if v is not None), default=0.0) or 1.0
+    known = [v for _, values in rows for v in values if v is not None]
+    mean = sum(known) / max(len(known), 1) or 1.0
     parts = []
     for line, (name, values) in enumerate(rows):
         parts.append(_text(left - 5, each * line + 10.5, name, "end"))
@@ -111,7 +115,8 @@ def heat(rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Ca
             if value is None:
                 continue
             box = f'x="{left + column * step:.1f}" y="{each * line:.1f}" width="{step * 0.94:.2f}" height="{each - 1}"'
-            shade = f'fill-opacity="{0.06 + 0.94 * value / top:.2f}"'
+            place = math.log(max(value / mean, 1e-9)) / math.log(FACTOR)  # -1 to 1 where it is not cut off
+            shade = f'fill-opacity="{0.54 + 0.46 * min(max(place, -1), 1):.2f}"'
             parts.append(f'<rect class="bar" {box} {shade}><title>{escape(tip(name, column, value))}</title></rect>')
     parts.append(_text(left, height - 5, "block 0", "start"))
     if columns > 1:
@@ -120,8 +125,8 @@ def heat(rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Ca
 
 
 def shape_sample(shape: str, colour: str) -> str:
-    """A mark alone, for a legend; decoration, so hidden from screen readers."""
-    inner = _shape(shape, 7, 7)
+    """A mark alone, or its colour where the shape is "swatch", for a legend; hidden from screen readers."""
+    inner = '<rect class="mark" y="4" width="14" height="6" rx="2"/>' if shape == "swatch" else _shape(shape, 7, 7)
     return f'<svg class="sample {colour}" viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">{inner}</svg>'
 
 
@@ -156,10 +161,14 @@ def _axes(frame: _Frame, names: tuple[str, str]) -> Iterator[str]:
     yield _text(LEFT + 4, TOP + 2, names[1], "start")
 
 
-def _labels(marks: Sequence[Mark], placed: Sequence[tuple[float, float]], frame: _Frame) -> Iterator[str]:
+def _labels(
+    marks: Sequence[Mark], placed: Sequence[tuple[float, float]], corners: Sequence[tuple[float, float]], frame: _Frame
+) -> Iterator[str]:
     """Names beside their marks where there is room, in the marks' order; the rest are told by tooltip and table."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in placed]
     taken.append((LEFT, 0, LEFT + 120, TOP + 6))  # the name of the axis
+    for (x, y), (right, below) in pairwise(corners):  # the staircase
+        taken += [(x, y - 1, right, y + 1), (right - 1, y, right + 1, below)]
     for mark, (x, y) in zip(marks, placed):
         wide = LETTER * len(mark.label)
         for dx, dy, anchor in ((8, 3.5, "start"), (-8, 3.5, "end"), (0, -9, "middle"), (0, 15, "middle")):

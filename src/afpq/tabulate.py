@@ -30,6 +30,12 @@ class About:
     coverage: float
     notes: tuple[str, ...] = ()
 
+    def head(self, original: Result) -> str:
+        """What it is about, in a line."""
+        count, length = self.windows
+        perplexity = plus_minus(original.evaluation.perplexity, original.evaluation.standard_error, least=2)
+        return f"On {self.text}, {count} windows of {length} tokens; perplexity of the float model: {perplexity}."
+
     def lines(self) -> list[str]:
         count, length = self.windows
         share = f"{100 * self.coverage:.1f} % of the blocks' weights are quantized"
@@ -63,15 +69,15 @@ def row(result: Result, original: Result) -> tuple[str, ...]:
     return (
         result.cell.scheme, result.cell.method, f"{result.bits_per_weight:.3f}",
         "" if same else plus_minus(1000 * result.kl, 1000 * (e.kl_standard_error or math.nan)),
-        plus_minus(e.perplexity, e.standard_error),
+        plus_minus(e.perplexity, e.standard_error, least=2),
         "" if same else plus_minus(delta.mean, delta.error, sign=True),
         agreement, f"{result.file_bytes / 1e6:.2f}", seconds, speed,
     )  # fmt: skip
 
 
-def plus_minus(value: float, error: float, sign: bool = False) -> str:
-    """As many digits as the error has two of; two where there is no error."""
-    digits = 2 if not math.isfinite(error) or error <= 0 else min(4, max(0, 1 - math.floor(math.log10(error))))
+def plus_minus(value: float, error: float, sign: bool = False, least: int = 0) -> str:
+    """To the error's second digit, but at least so many behind the point; two where there is no error."""
+    digits = 2 if not math.isfinite(error) or error <= 0 else min(4, max(least, 1 - math.floor(math.log10(error))))
     number = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     return number if not math.isfinite(error) else f"{number} ±{error:.{digits}f}"
 
@@ -98,7 +104,7 @@ def on_front(results: Sequence[Result]) -> set[str]:
 def markdown(title: str, said: Sequence[str], about: About, results: Sequence[Result]) -> str:
     """The whole report but for the charts."""
     original, front = results[0], on_front(results)
-    lines = [f"# {title}", "", *(f"- {sentence}" for sentence in said), ""]
+    lines = [f"# {title}", "", about.head(original), "", *(f"- {sentence}" for sentence in said), ""]
     rows = [row(result, original) for result in in_order(results)]
     starred = [(f"**{r[0]}**" if f"{r[0]} {r[1]}" in front else r[0], *r[1:]) for r in rows]
     lines += [*_table(HEADER, starred, TEXT_COLUMNS), "", "Bold: on the Pareto front of KL against true bits.", ""]

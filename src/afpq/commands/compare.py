@@ -48,7 +48,9 @@ def compare(
     learned = _calibration_text(methods, calibration_text, dataset)
     question = Question(
         model, schemes.split(","), methods.split(","), read_text(text, dataset), learned,
-        CalibrationSettings(samples, seq_len, seed, device), seq_len, max_tokens, peers, keep, trust_remote_code,
+        CalibrationSettings(samples, seq_len, seed, device), seq_len, max_tokens,
+        text.name if text else f"{dataset}, test part",
+        calibration_text.name if calibration_text else f"{dataset}, training part", peers, keep, trust_remote_code,
     )  # fmt: skip
     if learned is not None and learned == question.text:
         errors.print("warning: calibrated on the very text that is measured: too good to be true", style="bold yellow")
@@ -57,8 +59,7 @@ def compare(
         comparison = Comparison(question, agenda, report)
         results = comparison.run(lambda what, share: advance(what, round(1000 * share), 1000), console.print)
         groups = asymmetries(agenda, results)
-    names = str(text or dataset), str(calibration_text or f"{dataset}, training part")
-    about = describe_setting(comparison, *names)
+    about = describe_setting(comparison, results)
     for sentence in sentences(results):
         console.print(f"- {sentence}")
     for path in write_comparison(report, about, results, groups):
