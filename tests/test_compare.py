@@ -69,7 +69,7 @@ def test_cells_hold_what_the_library_measures(tiny_model_dir: Path, tmp_path: Pa
     assert all(layer.output is not None for layer in gptq.layers)
     assert len(rtn.codes) == 8 and sum(rtn.codes) == sum(t.elements for t in agenda.first.plan.targets)
     assert rtn.seconds and rtn.speed and rtn.tokens_per_second and results[0].speed == 1
-    assert not (tmp_path / "report" / "models").exists()
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["cells"]
 
 
 def test_logits_too_large_to_keep_are_computed_anew(
@@ -154,7 +154,7 @@ def test_a_stop_loses_no_finished_cell(tiny_model_dir: Path, tmp_path: Path, mon
     results, notes, _ = run(question(tiny_model_dir), tmp_path)
     assert [("kept" in note) for note in notes] == [True, True, False]
     assert results[2].seconds is None and results[1].seconds is not None
-    assert not (tmp_path / "models").exists()
+    assert not (tmp_path / "work").exists()
 
 
 def test_quantized_models_are_kept_on_request(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -164,6 +164,7 @@ def test_quantized_models_are_kept_on_request(tiny_model_dir: Path, tmp_path: Pa
     (kept,) = (tmp_path / "models").iterdir()
     assert load_model(kept).config.quantization_config.format == "nf3"
     run(question(tiny_model_dir, keep=True), tmp_path)
+    run(replace(asked, schemes=["nf3-sym-g32"]), tmp_path)
     assert kept.exists() and len(list((tmp_path / "models").iterdir())) == 3
 
 

@@ -2,7 +2,8 @@
 """Compare schemes and methods on one model: each is quantized, loaded, and measured against the float model.
 
 What is finished is kept in DIRECTORY/cells and not measured again, as long as the model's files, the text and the
-settings are the same; quantized models are made in DIRECTORY/models and deleted once they are measured.
+settings are the same; quantized models are made in DIRECTORY/work and deleted once they are measured, or made in
+DIRECTORY/models and kept.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Comparison:
     def __init__(self, question: Question, agenda: Agenda, directory: Path) -> None:
         self.question, self.agenda = question, agenda
         self.left_out = list(agenda.left_out)
-        self.cells, self.models = directory / "cells", directory / "models"
+        self.cells = directory / "cells"
+        self.models = directory / ("models" if question.keep else "work")
         try:
             self.cells.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -116,7 +116,7 @@ def _layers(results: Sequence[Result]) -> Figure:
     drawn = [r for r in results if r.layers][:MOST]
     caption = (
         "Relative squared error of each layer: of its outputs where the method learned from text, else of its weights. "
-        f"Darker squares are above the mean of their chart, the darkest {FACTOR:g} times and more."
+        f"Stronger squares are above the mean of their chart, the strongest {FACTOR:g} times and more."
         + _left_out(results, len(drawn))
     )
     return Figure("Error of each layer", tuple((_layer_heading(r), _layer_chart(r)) for r in drawn), caption, True)

@@ -15,8 +15,13 @@ from itertools import pairwise
 
 LETTER = 6.1  # width of a letter of a label, in the units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36  # room around the plot
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 SHAPES = ("dot", "ring", "square", "triangle")
-FACTOR = 2.0  # a heat map is darkest at this many times the mean, and lightest at the mean divided by it
+PLACES = (  # of a label around its mark, best first
+    (8, 3.5, "start"), (-8, 3.5, "end"), (0, -9, "middle"), (0, 15, "middle"),
+    (6, -7, "start"), (-6, -7, "end"), (6, 14, "start"), (-6, 14, "end"),
+)  # fmt: skip
+FACTOR = 2.0  # a heat map is strongest at this many times the mean, and weakest at the mean divided by it
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def bars(counts: Sequence[float], title: str, ticks: Sequence[tuple[float, str]]
 
 
 def heat(rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Callable[[str, int, float], str]) -> str:
-    """A square for each value, darker above the mean, lighter below; None leaves a gap. `tip`: (row, column, value)."""
+    """A square for each value, stronger above the mean, weaker below; None leaves a gap. `tip`: (row, column, value)."""
     left, width, each = 96.0, 280.0, 14.0
     columns = max(len(values) for _, values in rows)
     step = (width - left) / columns
@@ -164,24 +169,33 @@ def _axes(frame: _Frame, names: tuple[str, str]) -> Iterator[str]:
 def _labels(
     marks: Sequence[Mark], placed: Sequence[tuple[float, float]], corners: Sequence[tuple[float, float]], frame: _Frame
 ) -> Iterator[str]:
-    """Names beside their marks where there is room, in the marks' order; the rest are told by tooltip and table."""
+    """Names beside their marks where there is room, in the marks' order; the rest are told by tooltip and table.
+
+    Places clear of the staircase come first, then any that lie on no mark and no other name.
+    """
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in placed]
-    taken.append((LEFT, 0, LEFT + 120, TOP + 6))  # the name of the axis
-    for (x, y), (right, below) in pairwise(corners):  # the staircase
-        taken += [(x, y - 1, right, y + 1), (right - 1, y, right + 1, below)]
+    taken.append((LEFT, 0, LEFT + 70, TOP + 6))  # the name of the axis
+    stairs: list[Box] = []
+    for (x, y), (right, below) in pairwise(corners):
+        stairs += [(x, y - 1, right, y + 1), (right - 1, y, right + 1, below)]
     for mark, (x, y) in zip(marks, placed):
-        wide = LETTER * len(mark.label)
-        for dx, dy, anchor in ((8, 3.5, "start"), (-8, 3.5, "end"), (0, -9, "middle"), (0, 15, "middle")):
-            begin = x + dx - {"start": 0, "end": wide, "middle": wide / 2}[anchor]
-            box = (begin, y + dy - 9, begin + wide, y + dy + 2)
-            inside = box[0] > LEFT and box[2] < frame.width and box[1] > 0 and box[3] < frame.height - BOTTOM
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                yield f'<g class="{mark.colour} name">{_text(x + dx, y + dy, mark.label, anchor)}</g>'
-                break
+        found = _free_place(mark.label, x, y, [*taken, *stairs], frame) or _free_place(mark.label, x, y, taken, frame)
+        if found is not None:
+            box, text = found
+            taken.append(box)
+            yield f'<g class="{mark.colour} name">{text}</g>'
 
 
-Box = tuple[float, float, float, float]
+def _free_place(label: str, x: float, y: float, taken: Sequence[Box], frame: _Frame) -> tuple[Box, str] | None:
+    """The first place around (x, y) for a label that lies on nothing that is taken, and the label there."""
+    wide = LETTER * len(label)
+    for dx, dy, anchor in PLACES:
+        begin = x + dx - {"start": 0, "end": wide, "middle": wide / 2}[anchor]
+        box = (begin, y + dy - 9, begin + wide, y + dy + 2)
+        inside = box[0] > LEFT and box[2] < frame.width and box[1] > 0 and box[3] < frame.height - BOTTOM
+        if inside and not any(_overlap(box, other) for other in taken):
+            return box, _text(x + dx, y + dy, label, anchor)
+    return None
 
 
 def _overlap(a: Box, b: Box) -> bool:

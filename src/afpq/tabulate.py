@@ -11,8 +11,8 @@ from afpq.cells import Result
 from afpq.findings import bits_text, kl_difference, pairs, pareto_front, rise, verdict
 
 HEADER = (
-    "scheme", "method", "true bits", "KL x 1000", "perplexity", "rise over float", "top-1 %", "size MB",
-    "seconds to quantize", "generation, float = 1",
+    "scheme", "method", "true bits", "KL x 1000", "perplexity", "rise over float", "top-1\u00a0%", "size\u00a0MB",
+    "seconds to quantize", "generation, float\u00a0=\u00a01",
 )  # fmt: skip
 TEXT_COLUMNS = 2  # the first ones; all others are numbers
 PAIR_HEADER = ("two scales", "against", "true bits", "KL x 1000, difference", "verdict")
