@@ -73,7 +73,7 @@ def scatter(
     if level:
         y = frame.y(level[0])
         parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{frame.width - RIGHT}"/>')
-        parts.append(_text(frame.width - RIGHT, y - 4, level[1], "end"))
+        parts.append(_text(LEFT + 4, y - 4, level[1], "start"))
     corners = [(frame.x(x), frame.y(y)) for x, y in front]
     if front:
         steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:])
@@ -106,7 +106,7 @@ def bars(counts: Sequence[float], title: str, ticks: Sequence[tuple[float, str]]
 
 
 def heat(rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Callable[[str, int, float], str]) -> str:
-    """A square for each value, stronger above the mean, weaker below; None leaves a gap. `tip`: (row, column, value)."""
+    """A square for each value, strong above the mean, weak below; None leaves a gap. `tip`: (row, column, value)."""
     left, width, each = 96.0, 280.0, 14.0
     columns = max(len(values) for _, values in rows)
     step = (width - left) / columns
