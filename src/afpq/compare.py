@@ -32,7 +32,7 @@ from afpq.linear import AfpqLinear
 from afpq.loading import load_model
 from afpq.peers import Peer, approximate, missing_packages
 from afpq.skeleton import build_skeleton
-from afpq.speed import compare_speed, generation_seconds
+from afpq.speed import compare_speed
 from afpq.tabulate import About
 
 SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
@@ -135,7 +135,7 @@ class Comparison:
 
     @cached_property
     def _kept_logits(self) -> list[Tensor] | None:
-        vocabulary = self._original.get_output_embeddings().weight.shape[0]
+        vocabulary = self._original.config.get_text_config().vocab_size
         if 4 * vocabulary * self.agenda.windows.numel() > KEPT_LOGITS:
             return None
         return [logits.cpu() for logits in logits_of(self._original, self.agenda.windows)]
@@ -147,8 +147,8 @@ class Comparison:
     def _measure_float(self, step: Progress) -> Result:
         info = model_info(self.question.model, self.question.trust_remote_code)
         seen = measure(self._original, self.agenda.windows, None, lambda i, n: step("measuring", i / n))
-        rate = 1 / generation_seconds(self._original, self.agenda.windows[0])
-        return _result(FLOAT, seen, info.bits_per_weight, 0.0, info.file_bytes, speed=1.0, tokens_per_second=rate)
+        speed, rate = compare_speed(self._original, None, self.agenda.windows[0])
+        return _result(FLOAT, seen, info.bits_per_weight, 0.0, info.file_bytes, speed=speed, tokens_per_second=rate)
 
     def _measure_ours(self, task: Task, job: Job, step: Progress) -> Result:
         place, trust = self._place(task), self.question.trust_remote_code
@@ -157,7 +157,6 @@ class Comparison:
         job = replace(job, model=build_skeleton(job.plan.checkpoint.directory, trust))
         start = time.perf_counter()
         if not place.exists():
-            place.parent.mkdir(exist_ok=True)
             execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", 0.6 * done / total))
         seconds = time.perf_counter() - start if fresh else None
         info, model = model_info(place, trust), load_model(place, trust)
