@@ -46,7 +46,7 @@ class About:
             f"True bits count codes, scales and zero points. {share}; embeddings and head stay as they are.",
             "Rise over float and the differences between cells are taken window by window, so that what all cells have "
             "in common cancels.",
-            f"Generation is greedy, one token after the other, beside the float model in the same run ({self.machine}); "
+            f"Generation is greedy, one token after the other, beside the float model in one run ({self.machine}); "
             "empty for other tools, and for models without the usual cache.",
             "Seconds to quantize are of that machine, as busy as it was; empty where a run was stopped in between.",
             *self.notes,
