@@ -24,7 +24,7 @@ from afpq.agenda import Agenda, Question, Task
 from afpq.api import LOG_NAME, Job, execute
 from afpq.blocks import find_linears
 from afpq.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, digest, load, save
-from afpq.distributions import Asymmetry, asymmetry, code_counts, some_rows, spread
+from afpq.distributions import SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, asymmetry, code_counts, some_rows, spread
 from afpq.errors import AfpqError
 from afpq.evaluate import Measured, logits_of, measure
 from afpq.info import model_info
@@ -37,7 +37,6 @@ from afpq.tabulate import About
 
 SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell
-SAMPLED_LAYERS, SAMPLED_ROWS = 48, 512  # what the distributions are counted on, of each model and of each layer
 
 Progress = Callable[[str, float], None]  # (what is done now, share of all cells done)
 Note = Callable[[str], None]

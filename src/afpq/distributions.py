@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 EDGE = 2.0  # histograms reach from log2 ratio -2 to 2; what lies beyond is counted in the outermost bins
 BINS = 40
+SAMPLED_LAYERS, SAMPLED_ROWS = 48, 512  # what is counted at most, of each model and of each layer
 LOPSIDED = 1.1  # a group counts as lopsided where one side reaches further than the other by this factor
 
 

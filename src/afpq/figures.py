@@ -10,13 +10,14 @@ from html import escape
 from statistics import fmean
 
 from afpq.cells import Cell, LayerError, Result
-from afpq.distributions import BINS, EDGE, LOPSIDED, Asymmetry, entropy
+from afpq.distributions import BINS, EDGE, LOPSIDED, SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, entropy
 from afpq.findings import pareto_front, rise
 from afpq.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
 
 MOST = 12  # cells that get a small chart of their own
 COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3"}
 OTHERS = "c4"
+SAMPLE = f"Counted on {SAMPLED_LAYERS} layers and {SAMPLED_ROWS} rows of each, evenly spread, where there are more."
 KINDS = {"dot": "two scales", "ring": "one scale", "square": "scale and zero point", "triangle": "another tool"}
 
 
@@ -164,7 +165,7 @@ def _asymmetry(groups: Sequence[Asymmetry]) -> Figure:
     caption = (
         "log2 of the largest weight against the most negative one, in each group of the float model: at 0 both sides "
         f"reach equally far, at 1 the positive side twice as far. Lopsided: one side at least {LOPSIDED:g} times the "
-        "other. One scale wastes codes on the shorter side; two scales do not."
+        f"other. One scale wastes codes on the shorter side; two scales do not. {SAMPLE}"
     )
     return Figure("How lopsided the groups are", tuple(charts), caption, True)
 
@@ -173,7 +174,7 @@ def _codes(results: Sequence[Result]) -> Figure:
     drawn = [r for r in results if r.codes][:MOST]
     caption = (
         "Share of the weights that got each code, lowest value first. The bits a code carries (its entropy) fall short "
-        "of the bits it takes where codes are used unevenly." + _left_out(results, len(drawn))
+        f"of the bits it takes where codes are used unevenly. {SAMPLE}" + _left_out(results, len(drawn))
     )
     return Figure("Which codes are used", tuple(_code_chart(r) for r in drawn), caption, True)
 

@@ -28,7 +28,8 @@ h3 small { display: block; font-weight: normal; }
 ul { padding-left: 1.2rem; margin: 0.5rem 0; } li { margin: 0.2rem 0; overflow-wrap: anywhere; }
 .box { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 .box:focus-visible, button:focus-visible { outline: 2px solid var(--c0); }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.875rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 thead th { border-top: 0; background: var(--box); vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
 .t { text-align: left; } tr.front th { font-weight: 700; } tbody th { font-weight: 400; }
@@ -52,6 +53,7 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 .axis { stroke: var(--soft); } .error { stroke: currentColor; stroke-width: 1.2; }
 .front { stroke: var(--soft); stroke-width: 1.2; stroke-linejoin: round; }
 .level { stroke: var(--soft); stroke-dasharray: 4 4; }
+.narrow { display: none; } @media (max-width: 60rem) { .narrow { display: inline; } }
 @media print { .box { overflow: visible; } }
 """
 
@@ -74,7 +76,7 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 
 def page(title: str, said: Sequence[str], about: About, results: Sequence[Result], groups: Sequence[Asymmetry]) -> str:
     """`results` starts with the float model; `said` are the findings in words."""
-    drawn = figures(results, groups)
+    drawn = figures(in_order(results), groups)
     large = [_figure(figure, results) for figure in drawn if not figure.small]
     compared = pair_rows(results)
     parts = [
@@ -83,7 +85,8 @@ def page(title: str, said: Sequence[str], about: About, results: Sequence[Result
         _list(said),
         f'<div class="charts large">{"".join(large)}</div>' if large else "",
         "<h2>All cells</h2>",
-        "<p class=how>In bold: on the Pareto front of KL against true bits. A click on a heading sorts.</p>",
+        "<p class=how>In bold: on the Pareto front of KL against true bits. A click on a heading sorts."
+        " <span class=narrow>The table scrolls sideways.</span></p>",
         _results_table(results),
         f"<h2>Two scales at equal bits</h2>{_pairs_table(compared)}" if compared else "",
         *(_figure(figure, results) for figure in drawn if figure.small),
