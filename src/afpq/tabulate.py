@@ -11,7 +11,7 @@ from afpq.cells import Result
 from afpq.findings import bits_text, kl_difference, pairs, pareto_front, rise, verdict
 
 HEADER = (
-    "scheme", "method", "true bits", "KL x 1000", "perplexity", "rise over float", "top-1\u00a0%", "size\u00a0MB",
+    "scheme", "method", "true bits", "KL x 1000", "perplexity", "rise over float", "top\u20111\u00a0%", "size\u00a0MB",
     "seconds to quantize", "generation, float\u00a0=\u00a01",
 )  # fmt: skip
 TEXT_COLUMNS = 2  # the first ones; all others are numbers
@@ -45,7 +45,8 @@ class About:
             *([f"Calibration: {self.calibration}."] if self.calibration else []),
             f"True bits count codes, scales and zero points. {share}; embeddings and head stay as they are.",
             "Rise over float and the differences between cells are taken window by window, so that what all cells have "
-            "in common cancels.",
+            'in common cancels. "Beyond the noise" is two standard errors, and holds for this text, this model and this '
+            "calibration; others may decide otherwise.",
             f"Generation is greedy, one token after the other, beside the float model in one run ({self.machine}); "
             "empty for other tools, and for models without the usual cache.",
             "Seconds to quantize are of that machine, as busy as it was; empty where a run was stopped in between.",
