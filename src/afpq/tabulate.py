@@ -45,7 +45,7 @@ class About:
             *([f"Calibration: {self.calibration}."] if self.calibration else []),
             f"True bits count codes, scales and zero points. {share}; embeddings and head stay as they are.",
             "Rise over float and the differences between cells are taken window by window, so that what all cells have "
-            'in common cancels. "Beyond the noise" is two standard errors, and holds for this text, this model and this '
+            'in common cancels. "Beyond the noise" is two standard errors, and holds for this text, model and '
             "calibration; others may decide otherwise.",
             f"Generation is greedy, one token after the other, beside the float model in one run ({self.machine}); "
             "empty for other tools, and for models without the usual cache.",
