@@ -21,10 +21,13 @@ ORDER = [
     "checkpoint", "workdir", "integrations", "integrations.transformers", "loading",
     "integrations.lm_eval", "api",
     "info", "inspect_model", "estimate", "evaluate", "report", "demo", "__init__", "console",
-    "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "cli", "__main__",
+    "speed", "distributions", "peers", "cells", "agenda", "findings", "tabulate", "compare",
+    "svg", "figures", "page", "compare_report",
+    "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "commands.compare",
+    "cli", "__main__",
 ]  # fmt: skip
 
-OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval"}
+OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao"}
 BEHIND = {"kernels.triton": {"triton"}}  # modules that need an optional package, and are imported in functions only
 MAX_LINES = 350
 

@@ -11,12 +11,12 @@ from typing import NoReturn
 
 import typer
 
-from afpq.commands import evaluate, inspect, quantize
+from afpq.commands import compare, evaluate, inspect, quantize
 from afpq.commands.common import app
 from afpq.console import errors
 from afpq.errors import AfpqError
 
-COMMANDS = (quantize, inspect, evaluate)  # importing them registers their commands, in this order
+COMMANDS = (quantize, inspect, evaluate, compare)  # importing them registers their commands
 
 
 class _Stop:

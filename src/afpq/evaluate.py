@@ -54,17 +54,58 @@ def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
         yield from model(batch.to(device), use_cache=False).logits
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Measured:
+    """What was seen at each predicted token, float64 [windows, length - 1] on the CPU: the negative log-likelihood, and
+    with a reference the KL divergence from it and whether (1 or 0) both rate the same token highest.
+    """
+
+    losses: Tensor
+    divergences: Tensor | None = None
+    agreements: Tensor | None = None
+
+    def evaluation(self) -> Evaluation:
+        """The figures of all tokens. Raises AfpqError where they are not finite."""
+        mean, error = _mean_and_error(self.losses)
+        if not math.isfinite(mean):
+            raise AfpqError(
+                "the model's logits are not finite; its weights overflow, or it was loaded in too small a dtype"
+            )
+        if mean > 700:  # exp of it is no float
+            raise AfpqError(f"a loss of {mean:.0f} nats a token: this is not a working model for this text")
+        perplexity, tokens = math.exp(mean), self.losses.numel()
+        if self.divergences is None or self.agreements is None:
+            return Evaluation(perplexity, perplexity * error, tokens)
+        kl, kl_error = _mean_and_error(self.divergences)
+        if not math.isfinite(kl):
+            raise AfpqError("the reference model's logits are not finite")
+        return Evaluation(perplexity, perplexity * error, tokens, kl, kl_error, self.agreements.mean().item())
+
+
 def evaluate(
     model: nn.Module,
     windows: Tensor,
     reference: Iterable[Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate on token windows [count, length].
+    """Evaluate on token windows [count, length]; see `measure`.
+
+    Raises AfpqError for NaN logits, and for a reference of another vocabulary.
+    """
+    return measure(model, windows, reference, progress).evaluation()
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    windows: Tensor,
+    reference: Iterable[Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Run the model on token windows [count, length].
 
     `reference` gives a reference model's logits of each window in the same order (`logits_of`, or a list of them kept).
-    Raises AfpqError for NaN logits, and for a reference of another vocabulary.
+    Raises AfpqError for a reference of another vocabulary.
     """
     losses, divergences, agreements = [], [], []
     others: Iterator[Tensor] | None = None if reference is None else iter(reference)
@@ -72,7 +113,7 @@ def evaluate(
         log_p = logits[:-1].float().log_softmax(-1)
         losses.append(-log_p.gather(-1, window[1:, None].to(log_p.device)).squeeze(-1).double().cpu())
         if others is not None:
-            log_q = next(others)[:-1].float().log_softmax(-1).to(log_p.device)
+            log_q = next(others)[:-1].to(log_p.device).float().log_softmax(-1)
             if log_q.shape != log_p.shape:
                 raise AfpqError(
                     f"reference has {log_q.shape[-1]} tokens in its vocabulary, the model {log_p.shape[-1]}"
@@ -81,20 +122,9 @@ def evaluate(
             agreements.append((log_q.argmax(-1) == log_p.argmax(-1)).double().cpu())
         if progress is not None:
             progress(index + 1, len(windows))
-    mean, error = _mean_and_error(torch.stack(losses))
-    if not math.isfinite(mean):
-        raise AfpqError(
-            "the model's logits are not finite; its weights overflow, or it was loaded in too small a dtype"
-        )
-    if mean > 700:  # exp of it is no float
-        raise AfpqError(f"a loss of {mean:.0f} nats a token: this is not a working model for this text")
-    perplexity, tokens = math.exp(mean), sum(map(len, losses))
-    if reference is None:
-        return Evaluation(perplexity, perplexity * error, tokens)
-    kl, kl_error = _mean_and_error(torch.stack(divergences))
-    if not math.isfinite(kl):
-        raise AfpqError("the reference model's logits are not finite")
-    return Evaluation(perplexity, perplexity * error, tokens, kl, kl_error, torch.stack(agreements).mean().item())
+    if others is None:
+        return Measured(torch.stack(losses))
+    return Measured(torch.stack(losses), torch.stack(divergences), torch.stack(agreements))
 
 
 def _mean_and_error(samples: Tensor) -> tuple[float, float]:

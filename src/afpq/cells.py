@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""One cell of a comparison: a scheme by a method on one model, what was measured of it, and the file that keeps it.
+
+A file is written whole or not at all, with a fingerprint of everything that decides its figures; a later run of the
+same comparison reads it instead of measuring again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from afpq.checkpoint import write_json
+from afpq.errors import AfpqError
+from afpq.evaluate import Evaluation
+from afpq.scheme import METHODS, Scheme, parse_scheme
+
+Fingerprint = dict[str, str]  # what was decided -> a digest of it; the keys are words for people
+CALIBRATION = "calibration text"  # the key that only calibrated cells have
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A scheme and one of afpq's methods; or another tool's name for its scheme, and the tool."""
+
+    scheme: str
+    method: str
+
+    @property
+    def ours(self) -> Scheme | None:
+        """The scheme as a value; None for another tool's and for the float model."""
+        return parse_scheme(self.scheme) if self.method in METHODS else None
+
+    @property
+    def is_float(self) -> bool:
+        return self == FLOAT
+
+    @property
+    def file_name(self) -> str:
+        """A name that any file system takes; a digest tells apart what is cut off or replaced."""
+        plain = re.sub(r"[^A-Za-z0-9.+-]", "_", str(self))[:80]
+        return plain if plain == str(self).replace(" ", "_") else f"{plain}-{digest(str(self))[:8]}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme} {self.method}".rstrip()
+
+
+FLOAT = Cell("float", "")
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative squared error of one layer's weights, and with calibration of its outputs: rounded, and as it is now."""
+
+    module: str
+    weight: float
+    output_before: float | None = None
+    output: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a cell.
+
+    `bits_per_weight` counts scales and zero points; `coverage` is the share of the blocks' weights it is about.
+    `file_bytes` of the weights' files. `window_losses` and `window_divergences` are means of each window, in nats:
+    differences between cells are taken window by window, where most of the noise is common and cancels. `seconds` to
+    quantize, None where the run was stopped in between. `speed` of greedy generation, the float model's being 1, and
+    `tokens_per_second` of the same; None where it was not measured. `codes` counts how often each code was used.
+    `calibration` says in words what the method learned from.
+    """
+
+    cell: Cell
+    bits_per_weight: float
+    coverage: float
+    file_bytes: int
+    evaluation: Evaluation
+    window_losses: tuple[float, ...]
+    window_divergences: tuple[float, ...]
+    seconds: float | None = None
+    speed: float | None = None
+    tokens_per_second: float | None = None
+    layers: tuple[LayerError, ...] = ()
+    codes: tuple[int, ...] = ()
+    calibration: str | None = None
+
+    @property
+    def kl(self) -> float:
+        """KL divergence from the float model in nats per token; 0 for the float model itself."""
+        return self.evaluation.kl_divergence or 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "evaluation": self.evaluation.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Result:
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        figures = dict(value["evaluation"])
+        if figures["standard_error"] is None:
+            figures["standard_error"] = math.nan
+        if figures["kl_divergence"] is not None and figures["kl_standard_error"] is None:
+            figures["kl_standard_error"] = math.nan
+        changed = {
+            "cell": Cell(**value["cell"]),
+            "evaluation": Evaluation(**figures),
+            "window_losses": tuple(value["window_losses"]),
+            "window_divergences": tuple(value["window_divergences"]),
+            "layers": tuple(LayerError(**layer) for layer in value["layers"]),
+            "codes": tuple(value["codes"]),
+        }
+        return cls(**{**value, **changed})
+
+
+def digest(value: object) -> str:
+    """Of anything JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def save(directory: Path, result: Result, fingerprint: Fingerprint) -> None:
+    """Write a cell's file. Raises AfpqError where that is not possible."""
+    path = directory / f"{result.cell.file_name}.json"
+    torn = path.with_suffix(".tmp")
+    try:
+        write_json(torn, {"fingerprint": fingerprint, "result": result.to_json()})
+        with open(torn, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(torn, path)
+    except OSError as error:
+        raise AfpqError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def load(path: Path) -> tuple[Result, Fingerprint] | None:
+    """A cell's file; None where there is none, or it is not one of ours."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        return Result.from_json(value["result"]), dict(value["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def changes(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """What differs between two fingerprints, in words."""
+    return [key for key in {**new, **old} if old.get(key) != new.get(key)]

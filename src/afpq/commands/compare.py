@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""`afpq compare`: schemes and methods side by side on one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from afpq.commands.common import DatasetOption, ModelArgument, TextOption, TrustOption, app
+from afpq.console import console, errors, progress_bar, quiet_transformers
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    schemes: Annotated[str, typer.Option(help="Separated by commas, as nf4-asym-g128,nf4-sym-g64,int4-asym-g128.")],
+    report: Annotated[Path, typer.Option(help="The directory for report.html, .md and .json and finished cells.")],
+    methods: Annotated[str, typer.Option(help="Separated by commas: rtn, gptq, awq, awq+gptq.")] = "rtn",
+    text: TextOption = None,
+    dataset: DatasetOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="What methods other than rtn learn from; else --dataset's training part.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
+    max_tokens: Annotated[int | None, typer.Option(help="Measure on the first so many tokens only.")] = None,
+    seed: Annotated[int, typer.Option(help="Which windows of calibration text are drawn.")] = 0,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also measure bitsandbytes, HQQ and torchao, where installed.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized models in REPORT/models.")] = False,
+    device: Annotated[str, typer.Option(help="Where to calibrate: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Quantize one model in several ways, measure all of them alike, and write a report with charts.
+
+    Finished cells are kept in the report's directory: the same command goes on, and other schemes or methods add to it.
+    """
+    from afpq.agenda import Question, make_agenda
+    from afpq.api import CalibrationSettings
+    from afpq.compare import Comparison, asymmetries, describe_setting
+    from afpq.compare_report import write_comparison
+    from afpq.data import read_text
+    from afpq.findings import sentences
+
+    learned = _calibration_text(methods, calibration_text, dataset)
+    question = Question(
+        model, schemes.split(","), methods.split(","), read_text(text, dataset), learned,
+        CalibrationSettings(samples, seq_len, seed, device), seq_len, max_tokens,
+        text.name if text else f"{dataset}, test part",
+        calibration_text.name if calibration_text else f"{dataset}, training part", peers, keep, trust_remote_code,
+    )  # fmt: skip
+    if learned is not None and learned == question.text:
+        errors.print("warning: calibrated on the very text that is measured: too good to be true", style="bold yellow")
+    with quiet_transformers(), progress_bar("start") as advance:
+        agenda = make_agenda(question)
+        comparison = Comparison(question, agenda, report)
+        results = comparison.run(lambda what, share: advance(what, round(1000 * share), 1000), console.print)
+        groups = asymmetries(agenda, results)
+    about = describe_setting(comparison, results)
+    for sentence in sentences(results):
+        console.print(f"- {sentence}")
+    for path in write_comparison(report, about, results, groups):
+        console.print(f"wrote {path}")
+
+
+def _calibration_text(methods: str, file: Path | None, dataset: str | None) -> str | None:
+    """Read only where a method learns from it."""
+    from afpq.data import read_text
+    from afpq.scheme import METHODS
+
+    wanted = any(method.strip() in METHODS and METHODS[method.strip()].calibrated for method in methods.split(","))
+    if not wanted or (file is None and dataset is None):
+        return None
+    return read_text(file, None if file is not None else dataset, calibration=True)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: MIT
+"""Write a comparison: report.html to look at, report.md to paste, report.json to compute with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from afpq.cells import Result
+from afpq.checkpoint import write_json
+from afpq.distributions import Asymmetry
+from afpq.errors import AfpqError
+from afpq.findings import sentences
+from afpq.page import page
+from afpq.tabulate import About, in_order, markdown
+
+
+def write_comparison(
+    directory: Path, about: About, results: Sequence[Result], groups: Sequence[Asymmetry]
+) -> list[Path]:
+    """Returns what was written. `results` starts with the float model. Raises AfpqError where it cannot be written."""
+    title, said = f"{about.model}: {len(results) - 1} ways to quantize it", sentences(results)
+    written = [directory / f"report.{kind}" for kind in ("html", "md", "json")]
+    try:
+        _replace(written[0], page(title, said, about, results, groups))
+        _replace(written[1], markdown(title, said, about, results))
+        value = {
+            "title": title,
+            "findings": said,
+            "measured": about.lines(),
+            "cells": [result.to_json() for result in in_order(results)],
+            "asymmetry": [asdict(group) for group in groups],
+        }
+        write_json(written[2], value)
+    except OSError as error:
+        raise AfpqError(f"{directory}: cannot write the report: {error.strerror or error}") from None
+    return written
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    torn = path.with_name(f"{path.name}.tmp")
+    torn.write_text(text, "utf-8")
+    os.replace(torn, path)
