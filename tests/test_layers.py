@@ -18,8 +18,8 @@ ORDER = [
     "packing", "kernels.reference", "kernels.checks", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
-    "checkpoint", "workdir", "integrations", "integrations.transformers", "loading", "api",
-    "info", "estimate", "evaluate", "report", "demo", "__init__", "console",
+    "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
+    "evaluate", "measure", "report", "card", "api", "info", "estimate", "demo", "__init__", "console",
     "commands", "commands.common", "commands.quantize", "commands.evaluate", "cli", "__main__",
 ]  # fmt: skip
 

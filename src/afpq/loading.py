@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
 
 from afpq.errors import AfpqError
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
@@ -19,8 +21,24 @@ from afpq.source import open_checkpoint
 T = TypeVar("T")
 
 
-def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Our own output says what matters; Transformers' progress bars would only come between."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def load_model(model: str | Path, trust_remote_code: bool = False, device: torch.device | None = None) -> Any:
     """A causal language model in evaluation mode: on a GPU in its own dtype, on a CPU in float32.
+
+    `device` None takes a GPU where there is one.
 
     The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects.
     """
@@ -28,12 +46,12 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
     directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
     if isinstance(keys, dict) and keys.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
         raise AfpqError(f"{model}: quantized by {keys.get('quant_method')!r}, which Transformers cannot load here")
-    cuda = torch.cuda.is_available()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, report = _guarded(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype="auto" if cuda else torch.float32,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         ),
@@ -41,7 +59,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers fills them with random numbers
         raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
-    return loaded.to("cuda" if cuda else "cpu").eval()
+    return loaded.to(device).eval()
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
