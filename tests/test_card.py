@@ -17,7 +17,7 @@ from afpq import AfpqError, Recipe, parse_scheme
 from afpq.api import prepare
 from afpq.card import PICTURE, Card, card_text, licence_of
 from afpq.evaluate import Evaluation
-from afpq.measure import Measured, Sample
+from afpq.measure import Sample, SampleFigures
 from afpq.source import CARD
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
@@ -70,7 +70,7 @@ def test_a_model_from_the_hub_is_the_base_model(card: Card, tmp_path: Path) -> N
 
 def test_figures_and_their_errors(card: Card) -> None:
     sample = Sample(torch.zeros(16, 512, dtype=torch.int64), "b.txt")
-    found = Measured(sample, 9.5, Evaluation(10.25, 0.5, 100, 0.0123, 0.0004, 0.951))
+    found = SampleFigures(sample, 9.5, Evaluation(10.25, 0.5, 100, 0.0123, 0.0004, 0.951))
     text = card_text(replace(card, measured=found), picture=False)
     assert "| perplexity | 9.50 | 10.25 ± 0.50 |" in text
     assert "0.0123 ± 0.0004" in text and "95.1 %" in text and "Measured on b.txt: 16 windows of 512 tokens" in text

@@ -17,7 +17,7 @@ from afpq.data import sample_windows, tokenize, unused_windows, window_starts, w
 from afpq.errors import AfpqError
 from afpq.evaluate import evaluate, logits_of
 from afpq.loading import load_model, load_tokenizer
-from afpq.measure import MAX_LENGTH, MAX_WINDOWS, Drawn, Measured, Sample, measure, sample_beside, sample_of
+from afpq.measure import MAX_LENGTH, MAX_WINDOWS, Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 RECIPE = Recipe(parse_scheme("nf3-asym-g64"))
@@ -85,7 +85,7 @@ def test_figures_are_those_of_eval(tiny_model_dir: Path, tmp_path: Path) -> None
         prepare(tiny_model_dir, RECIPE, eval_text=TEXT), tmp_path / "out", progress=lambda *c: calls.append(c)
     )
     found = outcome.measured
-    assert isinstance(found, Measured)
+    assert isinstance(found, SampleFigures)
     original, small = load_model(tiny_model_dir), load_model(tmp_path / "out")
     stream = windows(tokenize(load_tokenizer(tiny_model_dir), TEXT), 128)[:16]
     expected = evaluate(small, stream, logits_of(original, stream))
@@ -114,5 +114,5 @@ def test_a_model_that_cannot_be_measured_is_told(
     monkeypatch.setattr("afpq.measure.load_model", fail)
     plan = prepare(tiny_model_dir, RECIPE).plan
     sample = Sample(torch.zeros(1, 4, dtype=torch.int64), "zeros")
-    reason = measure(plan, tiny_model_dir, sample, torch.device("cpu"))
+    reason = measure_sample(plan, tiny_model_dir, sample, torch.device("cpu"))
     assert reason == " ".join(str(error).split())

@@ -24,7 +24,7 @@ from afpq.config import config_to_json
 from afpq.data import sample_windows, tokenize
 from afpq.errors import AfpqError
 from afpq.loading import context_length, load_tokenizer
-from afpq.measure import Drawn, Measured, Sample, measure, sample_beside, sample_of
+from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan, make_plan
 from afpq.scheme import METHODS, Recipe, Scheme, parse_scheme
@@ -32,7 +32,7 @@ from afpq.selftest import check_reloaded, check_tensors
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 from afpq.version import __version__
-from afpq.workdir import WorkDirectory, work_directory
+from afpq.workdir import JOURNAL, WorkDirectory, work_directory
 
 LOG_NAME = "afpq_log.jsonl"
 
@@ -100,7 +100,7 @@ class Job:
 class Outcome:
     """How a job ended: the card's figures or why there are none, and what the self-test did."""
 
-    measured: Measured | str
+    measured: SampleFigures | str
     tested: str
 
 
@@ -240,22 +240,25 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
         check_tensors(written, plan, work.digests)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
         tested = check_reloaded(written, plan, job.model, trust)
-        measured: Measured | str = (
-            job.sample
-            if isinstance(job.sample, str)
-            else measure(plan, directory, job.sample, job.settings.torch_device(), trust, _measuring(job, progress))
-        )
+        measured = _measured(job, directory, progress)
     model = job.name or str(plan.checkpoint.directory)
     write_card(work.path, Card(model, plan, notes, _calibration(job), measured, tested))
     write_json(work.path / "config.json", config)
     return Outcome(measured, tested)
 
 
-def _measuring(job: Job, progress: Progress | None) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
+def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFigures | str:
+    """The card's figures, or why there are none."""
+    if isinstance(job.sample, str):
+        return job.sample
     weights = sum(info.elements for info in job.plan.checkpoint.tensors.values())
-    return lambda done, count: progress(f"measuring {done} of {count}", weights, weights)
+
+    def advance(done: int, count: int) -> None:
+        if progress is not None:
+            progress(f"measuring {done} of {count}", weights, weights)
+
+    device = job.settings.torch_device()
+    return measure_sample(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
 
 
 @contextmanager
@@ -265,7 +268,7 @@ def _as_published(work: WorkDirectory, config: dict[str, Any]) -> Iterator[Path]
         directory = Path(place) / work.out.name
         directory.mkdir()
         for path in work.path.iterdir():
-            if path.is_file() and path.name != "config.json":  # a run killed at its very end has left one
+            if path.is_file() and path.name not in ("config.json", JOURNAL):  # a run killed at its end left a config
                 (directory / path.name).symlink_to(path)
         write_json(directory / "config.json", config)
         yield directory

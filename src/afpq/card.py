@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from afpq.measure import Measured
+from afpq.measure import SampleFigures
 from afpq.plan import OUTSIDE, Plan
 from afpq.report import size_text, with_error
 from afpq.source import CARD
@@ -39,7 +39,7 @@ class Card:
     plan: Plan
     notes: Sequence[dict[str, Any]]
     calibration: str | None
-    measured: Measured | str
+    measured: SampleFigures | str
     tested: str
 
 

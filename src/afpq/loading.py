@@ -35,10 +35,8 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(model: str | Path, trust_remote_code: bool = False, device: torch.device | None = None) -> Any:
-    """A causal language model in evaluation mode: on a GPU in its own dtype, on a CPU in float32.
-
-    `device` None takes a GPU where there is one.
+def load_model(model: str | Path, trust_remote_code: bool = False, device: str = "auto") -> Any:
+    """A causal language model in evaluation mode on `device`: in its own dtype, but on a CPU in float32.
 
     The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects.
     """
@@ -46,12 +44,12 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: torch
     directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
     if isinstance(keys, dict) and keys.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
         raise AfpqError(f"{model}: quantized by {keys.get('quant_method')!r}, which Transformers cannot load here")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loaded, report = _guarded(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
+            dtype=torch.float32 if place.type == "cpu" else "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         ),
@@ -59,7 +57,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: torch
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers fills them with random numbers
         raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
-    return loaded.to(device).eval()
+    return loaded.to(place).eval()
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:

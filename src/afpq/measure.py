@@ -37,7 +37,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SampleFigures:
     """The original's perplexity and the result's figures, on `sample`."""
 
     sample: Sample
@@ -76,14 +76,14 @@ def sample_beside(drawn: Drawn, name: str) -> Sample:
     return Sample(used, f"the very windows of {name} it was calibrated on (a flattering test)")
 
 
-def measure(
+def measure_sample(
     plan: Plan,
     result: Path,
     sample: Sample,
     device: torch.device,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Measured | str:
+) -> SampleFigures | str:
     """The saved model in `result` against the plan's original, both loaded; or the reason why not."""
     cuda = device.type == "cuda"
     if _needed(plan, cuda) > (available_device_memory(device) if cuda else available_memory()) // 2:
@@ -91,11 +91,11 @@ def measure(
     losses: list[float] = []
     try:
         with quiet_transformers():
-            original = load_model(plan.checkpoint.directory, trust_remote_code, device)
+            original = load_model(plan.checkpoint.directory, trust_remote_code, str(device))
             reference = _noting_losses(logits_of(original, sample.windows), sample.windows, losses)
-            model = load_model(result, trust_remote_code, device)
+            model = load_model(result, trust_remote_code, str(device))
             figures = evaluate(model, sample.windows, reference, progress)
-        return Measured(sample, math.exp(sum(losses) / len(losses)), figures)
+        return SampleFigures(sample, math.exp(sum(losses) / len(losses)), figures)
     except (AfpqError, RuntimeError, OverflowError) as error:  # RuntimeError: out of memory, among others
         return " ".join(str(error).split())[:300]
 

@@ -57,7 +57,7 @@ def check_reloaded(written: Checkpoint, plan: Plan, skeleton: nn.Module, trust_r
     if loaded_bytes(plan) > available_memory() // MEMORY_SHARE:
         return f"The model was not loaded whole: that takes more than a {_share()} of the memory that was free."
     with _exact_arithmetic(), quiet_transformers():
-        model = load_model(written.directory, trust_remote_code, torch.device("cpu"))
+        model = load_model(written.directory, trust_remote_code, "cpu")
         if type(model).__name__ != type(skeleton).__name__:  # other names for its tensors
             return f"It loads, as {type(model).__name__}, and was not compared: its files are of {_kind(skeleton)}."
         _check_state(model, written, plan)
