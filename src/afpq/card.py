@@ -236,14 +236,17 @@ def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
         axis.scatter(
             [x for x, _ in before], [y for _, y in before], s=10, color="#b8bec7", zorder=1, label="rounded to nearest"
         )
-    _finish(axis, "output" if before else "weight", positive=all(error_of(note) > 0 for note in notes))
+    _finish(axis, "output" if before else "weight", sorted(map(error_of, notes)))
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return True
 
 
-def _finish(axis: Any, what: str, positive: bool) -> None:
-    if positive:
+def _finish(axis: Any, what: str, errors: Sequence[float]) -> None:
+    """Scales and labels; a logarithmic scale would blow up the differences of errors that are nearly equal."""
+    if 0 < 10 * errors[0] < errors[-1]:
         axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("block")
     axis.set_ylabel(f"relative squared {what} error")
