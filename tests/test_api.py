@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import afpq
 from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme, quantize
 from afpq.api import LOG_NAME, prepare
+from afpq.card import PICTURE
 from afpq.convert import quantize_model
-from afpq.source import WEIGHTS
+from afpq.source import CARD, WEIGHTS
 
 IDS = torch.arange(0, 240, 5).view(2, 24)
 PARTS = (".qweight", ".scales", ".scales_pos", ".scales_neg", ".zeros")
@@ -101,7 +102,7 @@ def test_the_directory_is_complete(tiny_copy: Path, tmp_path: Path) -> None:
     quantize(tiny_copy, tmp_path / "out", "nf4-asym-g64")
     for name in set(before) - {WEIGHTS, "config.json"}:
         assert (tmp_path / "out" / name).read_bytes() == before[name]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, LOG_NAME}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, LOG_NAME, CARD, PICTURE}
     assert {path.name: path.read_bytes() for path in tiny_copy.iterdir() if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -161,7 +162,7 @@ def test_a_stopped_run_looks_unfinished_and_goes_on(tiny_model_dir: Path, tmp_pa
     quantize(tiny_model_dir, tmp_path / "out", "nf3-asym-g64")
     quantize(tiny_model_dir, tmp_path / "straight", "nf3-asym-g64")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
-    for name in (WEIGHTS, "config.json"):
+    for name in (WEIGHTS, "config.json", CARD, PICTURE):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         path.name for path in (tmp_path / "straight").iterdir()
@@ -293,8 +294,10 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import afpq
+from afpq import selftest
 from afpq.source import Checkpoint
 
+selftest.available_memory = lambda: 0  # no memory to spare: nothing may be loaded whole
 samples, read = [], Checkpoint.read
 
 def sampled(checkpoint, name):

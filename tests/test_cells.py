@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afpq import AfpqError
-from afpq.cells import FLOAT, Cell, LayerError, Result, changes, load, save
+from afpq.comparison.cells import FLOAT, Cell, LayerError, Result, changes, load, save
 from afpq.evaluate import Evaluation
 
 RESULT = Result(

@@ -72,7 +72,7 @@ def test_a_missing_extra_is_one_line(
     monkeypatch.setitem(sys.modules, "datasets", None)
     options = ("--schemes", "nf3-sym-g64", "--dataset", "ptb", "--report", tmp_path / "report")
     assert_refused(cli("compare", tiny_model_dir, *options), "pip install 'afpq[eval]'")
-    monkeypatch.setattr("afpq.peers.PEERS", ())
+    monkeypatch.setattr("afpq.comparison.peers.PEERS", ())
     (tmp_path / "text.txt").write_text(TEXT, "utf-8")
     options = ("--schemes", "nf3-sym-g64", "--text", tmp_path / "text.txt", "--peers", "--report", tmp_path / "report")
     assert_refused(cli("compare", tiny_model_dir, *options), "--peers", "pip install")

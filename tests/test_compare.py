@@ -15,14 +15,14 @@ import torch
 import afpq
 from afpq import AfpqError, CalibrationSettings
 from afpq import compare as module
-from afpq.agenda import Agenda, Question, make_agenda
-from afpq.cells import FLOAT, Cell, Result
-from afpq.compare import Comparison, asymmetries, describe_setting
-from afpq.compare_report import write_comparison
+from afpq.comparison.agenda import Agenda, Question, make_agenda
+from afpq.comparison.cells import FLOAT, Cell, Result
+from afpq.comparison.compare import Comparison, asymmetries, describe_setting
+from afpq.comparison.peers import Peer
+from afpq.comparison.report import write_comparison
 from afpq.data import tokenize, windows
 from afpq.evaluate import evaluate, logits_of
 from afpq.loading import load_model, load_tokenizer
-from afpq.peers import Peer
 
 TEXT = "The quick brown fox jumps over the lazy dog; größer als nötig.\n" * 6
 SETTINGS = CalibrationSettings(4, 32, device="cpu")
@@ -181,7 +181,7 @@ def test_peers_stand_beside_ours_and_their_troubles_do_not_stop_us(
         Peer("wide", "torch", fail, 64),
         Peer("absent", "absent", fail, 1),
     )
-    monkeypatch.setattr("afpq.peers.PEERS", made)
+    monkeypatch.setattr("afpq.comparison.peers.PEERS", made)
     asked = question(tiny_model_dir, schemes=["nf3-sym-g64"], peers=True)
     agenda = make_agenda(asked)
     comparison = Comparison(asked, agenda, tmp_path)

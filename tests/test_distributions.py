@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afpq import AfpqError, Scheme, parse_format
-from afpq.distributions import BINS, asymmetry, code_counts, entropy, log_ratios, some_rows, spread
+from afpq.comparison.distributions import BINS, asymmetry, code_counts, entropy, log_ratios, some_rows, spread
 
 NF4 = parse_format("nf4")
 

@@ -11,9 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afpq.cells import FLOAT, Cell, Result
+from afpq.comparison.cells import FLOAT, Cell, Result
+from afpq.comparison.findings import (
+    best_by_width,
+    difference,
+    kl_difference,
+    pairs,
+    pareto_front,
+    rise,
+    sentences,
+    verdict,
+)
 from afpq.evaluate import Evaluation
-from afpq.findings import best_by_width, difference, kl_difference, pairs, pareto_front, rise, sentences, verdict
 
 WINDOWS = [0.8, 1.4, 0.9, 1.1, 0.7, 1.3]
 

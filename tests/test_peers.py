@@ -8,7 +8,7 @@ import torch
 
 from afpq import AfpqError
 from afpq import peers as module
-from afpq.peers import PEERS, Peer, approximate, installed_peers, missing_packages
+from afpq.comparison.peers import PEERS, Peer, approximate, installed_peers, missing_packages
 
 TRUE_BITS = {
     "nf4-b64": 4.5, "fp4-b64": 4.5, "nf4-b64-dq": 4.127,

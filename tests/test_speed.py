@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from afpq import speed as module
+from afpq.comparison.speed import compare_speed
 from afpq.loading import load_model
-from afpq.speed import compare_speed
 
 
 @pytest.mark.parametrize("length", [2, 3, 100])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afpq.svg import LETTER, SHAPES, Mark, _log_ticks, _ticks, bars, heat, scatter
+from afpq.comparison.svg import LETTER, SHAPES, Mark, _log_ticks, _ticks, bars, heat, scatter
 
 NUMBERS = st.floats(0.001, 1e6)
 

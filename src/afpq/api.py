@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from afpq.calibrated import Calibration, run_calibrated
-from afpq.checkpoint import ShardWriter, write_json
+from afpq.card import Card, write_card
+from afpq.checkpoint import ShardWriter, digest, write_json
 from afpq.config import config_to_json
 from afpq.data import sample_windows, tokenize
 from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.loading import context_length, load_tokenizer
+from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan, make_plan
 from afpq.scheme import METHODS, Recipe, Scheme, parse_scheme
+from afpq.selftest import check_reloaded, check_tensors
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 from afpq.version import __version__
-from afpq.workdir import work_directory
+from afpq.workdir import JOURNAL, WorkDirectory, work_directory
 
 LOG_NAME = "afpq_log.jsonl"
 
@@ -58,12 +63,19 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, the architecture it was made with, and the calibration windows [samples, tokens] its method needs."""
+    """A plan, the architecture it was made with, and the calibration windows [samples, tokens] its method needs.
+
+    For the card: the model as the user named it, the calibration text's name, and what to measure on, or why not.
+    """
 
     plan: Plan
     model: PreTrainedModel
     settings: CalibrationSettings
     windows: Tensor | None
+    name: str | None = None
+    text_name: str = "a text"
+    sample: Sample | str = "no text was given"
+    trust_remote_code: bool = False
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the result, for telling whether a stopped run may go on."""
@@ -79,30 +91,59 @@ class Job:
         }
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the card's figures or why there are none, and what the self-test did."""
+
+    measured: SampleFigures | str
+    tested: str
+
+
 def prepare(
     model: str | Path,
     recipe: Recipe,
     *,
     text: str | Sequence[str] | None = None,
+    eval_text: str | Sequence[str] | None = None,
+    names: tuple[str, str] = ("the text given", "the evaluation text given"),
+    measured: bool = True,
     settings: CalibrationSettings | None = None,
     trust_remote_code: bool = False,
 ) -> Job:
-    """What `recipe` would do to the checkpoint `model` (a directory or hub id); reads headers and `text` only.
+    """What `recipe` would do to the checkpoint `model` (a directory or hub id); reads headers and texts only.
 
-    Raises AfpqError for bad input, and where a calibrated method has no text.
+    `names` of the two texts are for the card; without `measured` it has no figures of perplexity. Raises AfpqError for
+    bad input, and where a calibrated method has no text.
     """
     checkpoint = open_checkpoint(model)
     skeleton = build_skeleton(checkpoint.directory, trust_remote_code)
     plan = make_plan(checkpoint, skeleton, recipe)
-    settings, windows = settings or CalibrationSettings(), None
-    if METHODS[recipe.method].calibrated:
-        if text is None:
-            raise AfpqError(f"method {recipe.method} needs calibration text: --text FILE or --dataset NAME")
+    settings, calibrated = settings or CalibrationSettings(), METHODS[recipe.method].calibrated
+    if calibrated and text is None:
+        raise AfpqError(f"method {recipe.method} needs calibration text: --text FILE or --dataset NAME")
+    if eval_text is not None and not measured:
+        raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
+    length = min(settings.seq_len, context_length(skeleton) or settings.seq_len)
+
+    def tokens(content: str | Sequence[str]) -> Tensor:
         tokenizer = load_tokenizer(checkpoint.directory, trust_remote_code)
-        tokens = tokenize(tokenizer, text if isinstance(text, str) else "\n\n".join(text))
-        length = min(settings.seq_len, context_length(skeleton) or settings.seq_len)
-        windows = sample_windows(tokens, settings.samples, length, settings.seed)
-    return Job(plan, skeleton, settings, windows)
+        return tokenize(tokenizer, content if isinstance(content, str) else "\n\n".join(content))
+
+    windows, drawn = None, None
+    sample: Sample | str = _NO_TEXT if measured else _SWITCHED_OFF
+    if calibrated and text is not None:
+        drawn = Drawn(tokens(text), settings.samples, length, settings.seed)
+        windows = sample_windows(drawn.tokens, drawn.count, drawn.length, drawn.seed)
+    if measured and eval_text is not None:
+        sample = sample_of(tokens(eval_text), length, names[1])
+    elif measured and drawn is not None:
+        sample = sample_beside(drawn, names[0])
+    elif measured and text is not None:
+        sample = sample_of(tokens(text), length, f"{names[0]}, which played no part in quantizing")
+    return Job(plan, skeleton, settings, windows, str(model), names[0], sample, trust_remote_code)
+
+
+_NO_TEXT, _SWITCHED_OFF = "no text was given (--eval-text FILE)", "it was switched off (--no-card-measure)"
 
 
 def quantize(
@@ -112,6 +153,8 @@ def quantize(
     *,
     method: str = "rtn",
     text: str | Sequence[str] | None = None,
+    eval_text: str | Sequence[str] | None = None,
+    measured: bool = True,
     settings: CalibrationSettings | None = None,
     resume: bool = True,
     trust_remote_code: bool = False,
@@ -120,37 +163,50 @@ def quantize(
 ) -> Plan:
     """Quantize a checkpoint (a directory or a hub id) into the new directory `out`; returns the plan carried out.
 
-    `text` is what calibrated methods learn from: a string or a list of them. `recipe` takes the other fields of
-    Recipe, such as `scale_search`, `skip` and `overrides`. `out` appears only when complete; a run that was stopped
-    goes on where it stopped when called again. Raises AfpqError for bad input.
+    `text` is what calibrated methods learn from: a string or a list of them. The card's perplexity and KL are measured
+    on `eval_text`, or else on parts of `text` that were not used; `measured=False` does without. `recipe` takes the
+    other fields of Recipe, such as `scale_search`, `skip` and `overrides`. `out` appears only when complete; a run
+    that was stopped goes on where it stopped when called again. Raises AfpqError for bad input.
     """
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     job = prepare(
-        model, Recipe(scheme, method, **recipe), text=text, settings=settings, trust_remote_code=trust_remote_code
+        model,
+        Recipe(scheme, method, **recipe),
+        text=text,
+        eval_text=eval_text,
+        measured=measured,
+        settings=settings,
+        trust_remote_code=trust_remote_code,
     )
     execute(job, Path(out), resume=resume, progress=progress)
     return job.plan
 
 
-def execute(job: Job, out: Path, *, resume: bool = True, progress: Progress | None = None) -> None:
-    """Carry out a job into the new directory `out`, going on from OUT.partial if the same job was stopped there."""
-    plan, outputs = job.plan, job.plan.outputs()
-    infos = plan.checkpoint.tensors
+def execute(job: Job, out: Path, *, resume: bool = True, progress: Progress | None = None) -> Outcome:
+    """Carry out a job into the new directory `out`, going on from OUT.partial if the same job was stopped there.
+
+    The result gets its name once it has passed the self-test and has its card. Raises AfpqError where it does not pass.
+    """
+    with work_directory(out, job.plan.output_bytes, job.fingerprint(), resume) as work:
+        _write_weights(job, work, progress)
+        return _complete(job, work, progress)
+
+
+def _write_weights(job: Job, work: WorkDirectory, progress: Progress | None) -> None:
+    plan, infos = job.plan, job.plan.checkpoint.tensors
     sizes = {unit.name: sum(infos[name].elements for name in unit.tensors) for unit in plan.units}
-    with work_directory(out, plan.output_bytes, job.fingerprint(), resume) as work:
-        written = [name for unit in plan.units if unit.name in work.finished for name in plan.unit_outputs(unit)]
-        with ShardWriter(work.path, outputs, written=written) as writer:
-            for result in _results(job, work.scratch, frozenset(work.finished)):
-                for name, tensor in result.tensors:
-                    writer.write(name, tensor)
-                writer.sync()
-                work.finish(result.unit.name, [log.to_json() for log in result.logs])
-                if progress is not None:
-                    done = sum(sizes[name] for name in work.finished)
-                    progress(_describe(result), done, sum(sizes.values()))
-        lines = [json.dumps(note) for unit in plan.units for note in work.finished[unit.name]]
-        (work.path / LOG_NAME).write_text("\n".join(lines) + "\n", "utf-8")
-        _write_companions(job, work.path)
+    written = [name for unit in plan.units if unit.name in work.finished for name in plan.unit_outputs(unit)]
+    with ShardWriter(work.path, plan.outputs(), written=written) as writer:
+        for result in _results(job, work.scratch, frozenset(work.finished)):
+            digests = {}
+            for name, tensor in result.tensors:
+                writer.write(name, tensor)
+                digests[name] = digest(tensor)
+            writer.sync()
+            work.finish(result.unit.name, [log.to_json() for log in result.logs], digests)
+            if progress is not None:
+                done = sum(sizes[name] for name in work.finished)
+                progress(_describe(result), done, sum(sizes.values()))
 
 
 def _results(job: Job, scratch: Path, finished: frozenset[str]) -> Iterator[UnitResult]:
@@ -166,12 +222,56 @@ def _describe(result: UnitResult) -> str:
     return f"{result.unit.name} error {sum(errors) / len(errors):.2e}" if errors else result.unit.name
 
 
-def _write_companions(job: Job, directory: Path) -> None:
-    """Tokenizer and the rest, then config.json: with it the directory is a model."""
-    plan = job.plan
+def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outcome:
+    """Everything beside the weights; config.json comes last: with it the directory is a model."""
+    plan, trust = job.plan, job.trust_remote_code
+    notes = [note for unit in plan.units for note in work.finished[unit.name]]
+    (work.path / LOG_NAME).write_text("\n".join(map(json.dumps, notes)) + "\n", "utf-8")
     for path in plan.checkpoint.companions():
-        shutil.copyfile(path, directory / path.name)
-    keys = config_to_json(plan.recipe, plan.kept)
+        shutil.copyfile(path, work.path / path.name)
+    config = _config(job)
+    with _as_published(work, config) as directory:
+        written = open_checkpoint(directory)
+        check_tensors(written, plan, work.digests)
+        work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
+        tested = check_reloaded(written, plan, job.model, trust)
+        measured = _measured(job, directory, progress)
+    model = job.name or str(plan.checkpoint.directory)
+    write_card(work.path, Card(model, plan, notes, _calibration(job), measured, tested))
+    write_json(work.path / "config.json", config)
+    return Outcome(measured, tested)
+
+
+def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFigures | str:
+    """The card's figures, or why there are none."""
+    if isinstance(job.sample, str):
+        return job.sample
+    weights = sum(info.elements for info in job.plan.checkpoint.tensors.values())
+
+    def advance(done: int, count: int) -> None:
+        if progress is not None:
+            progress(f"measuring {done} of {count}", weights, weights)
+
+    device = job.settings.torch_device()
+    return measure_sample(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
+
+
+@contextmanager
+def _as_published(work: WorkDirectory, config: dict[str, Any]) -> Iterator[Path]:
+    """A directory of links that looks as OUT will, while OUT.partial has no config.json and cannot be loaded."""
+    with tempfile.TemporaryDirectory(prefix="afpq-") as place:
+        directory = Path(place) / work.out.name
+        directory.mkdir()
+        for path in work.path.iterdir():
+            if path.is_file() and path.name not in ("config.json", JOURNAL):  # a run killed at its end left a config
+                (directory / path.name).symlink_to(path)
+        write_json(directory / "config.json", config)
+        yield directory
+
+
+def _config(job: Job) -> dict[str, Any]:
+    """config.json of the result."""
+    keys = config_to_json(job.plan.recipe, job.plan.kept)
     if job.windows is not None:
         keys["calibration"] = {
             "samples": job.windows.shape[0],
@@ -180,7 +280,15 @@ def _write_companions(job: Job, directory: Path) -> None:
             "sha256": hashlib.sha256(job.windows.numpy().tobytes()).hexdigest(),
         }
     keys["made_by"] = f"afpq {__version__}"
-    write_json(directory / "config.json", {**plan.checkpoint.config, "quantization_config": keys})
+    return {**job.plan.checkpoint.config, "quantization_config": keys}
+
+
+def _calibration(job: Job) -> str | None:
+    """How the method was calibrated, for the card."""
+    if job.windows is None:
+        return None
+    count, length = job.windows.shape
+    return f"Calibration: {count} windows of {length} tokens of {job.text_name}, seed {job.settings.seed}."
 
 
 def _digest(value: Any) -> str:

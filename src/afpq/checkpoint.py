@@ -8,6 +8,7 @@ was killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -87,7 +88,7 @@ class ShardWriter:
             raise AfpqError(f"tensor {name}: planned {place.spec[0]} {place.spec[1]}, made {given}; this is a bug")
         file = self.files[place.shard]
         file.seek(place.offset)
-        file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(_bytes(tensor))
         self.missing.discard(name)
 
     def sync(self) -> None:
@@ -121,6 +122,15 @@ class ShardWriter:
             total = sum(spec_bytes(spec) for spec in self.outputs.values())
             weight_map = {name: self.names[place.shard] for name, place in self.places.items()}
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def digest(tensor: Tensor) -> str:
+    """A checksum of a tensor's bytes, 32 hexadecimal digits; NaN and -0 count as their bits."""
+    return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _split(outputs: dict[str, Spec], max_shard: int) -> list[dict[str, Spec]]:

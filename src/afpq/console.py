@@ -12,13 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from afpq.api import Job
+from afpq.api import Job, Outcome
 from afpq.blocks import find_blocks
 from afpq.checkpoint import write_json
 from afpq.errors import AfpqError
 from afpq.estimate import Estimate
 from afpq.folds import folds_of
+from afpq.loading import quiet_transformers as quiet_transformers
 from afpq.plan import Plan
+from afpq.report import size_text as size_text
+from afpq.report import with_error
 from afpq.scheme import METHODS
 
 # Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
@@ -51,6 +54,29 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
             f"warning: only {100 * plan.coverage:.1f} % of the blocks' weights are quantized; the rest stays large",
             style="bold yellow",
         )
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """What the card tells of the result's quality, and what the self-test did."""
+    found = outcome.measured
+    if isinstance(found, str):
+        console.print(f"not measured: {found}")
+    else:
+        result, (count, length) = found.result, found.sample.windows.shape
+        console.print(
+            f"perplexity {result.perplexity:.2f} (original {found.original:.2f}), "
+            f"KL {with_error(result.kl_divergence, result.kl_standard_error, 4)}, on {found.sample.origin}, "
+            f"{count} windows of {length}"
+        )
+    console.print(f"self-test: every tensor was read back as it was computed. {outcome.tested}")
+
+
+def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
+    """An outcome for `--json`; nothing for a dry run."""
+    if outcome is None:
+        return {}
+    found = outcome.measured
+    return {"measured": {"reason": found} if isinstance(found, str) else found.to_json(), "self_test": outcome.tested}
 
 
 def print_estimate(estimate: Estimate) -> None:
@@ -88,10 +114,6 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def size_text(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
 def save_json(path: Path | None, value: Any) -> None:
     if path is not None:
         try:
@@ -110,17 +132,3 @@ def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(first, total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Our own output says what matters; Transformers' progress bars would only come between."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -86,16 +86,38 @@ def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tenso
 
 
 def sample_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """`count` windows [count, length], one at a random place in each of `count` equal parts of the stream.
+    """`count` windows [count, length], at the places of `window_starts`.
 
-    The same seed draws the same. Parts make sure that all of the text is heard, whose kind may change along the way. A
-    text of at most `length` tokens gives a single window of all of it. Raises AfpqError for fewer than two tokens.
+    A text of at most `length` tokens gives a single window of all of it. Raises AfpqError for fewer than two tokens.
     """
     if len(tokens) < 2:
         raise AfpqError(f"calibration text of {len(tokens)} tokens: at least 2 are needed, and thousands are better")
-    if len(tokens) <= length:
-        return tokens[None]
+    return torch.stack([tokens[start : start + length] for start in window_starts(len(tokens), count, length, seed)])
+
+
+def window_starts(total: int, count: int, length: int, seed: int) -> list[int]:
+    """Where windows begin in a stream of `total` tokens: at a random place in each of `count` equal parts of it.
+
+    The same seed draws the same. Parts make sure that all of the text is heard, whose kind may change along the way.
+    """
+    if total <= length:
+        return [0]
     generator = torch.Generator().manual_seed(seed)
     places = torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)
-    starts = (places / count * (len(tokens) - length + 1)).long()
-    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+    starts: list[int] = (places / count * (total - length + 1)).long().tolist()
+    return starts
+
+
+def unused_windows(tokens: Tensor, starts: list[int], used: int, length: int, limit: int) -> Tensor:
+    """At most `limit` windows [n, length], spread over the text, that no window of `used` tokens at `starts` touches.
+
+    Empty where no gap between them is long enough.
+    """
+    ends = [0, *(start + used for start in sorted(starts))]
+    free = [
+        place
+        for end, start in zip(ends, [*sorted(starts), len(tokens)])
+        for place in range(end, start - length + 1, length)
+    ]
+    chosen = [free[index * len(free) // limit] for index in range(limit)] if len(free) > limit else free
+    return torch.stack([tokens[place : place + length] for place in chosen]) if chosen else tokens.new_empty(0, length)

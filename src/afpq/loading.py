@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
 
 from afpq.devices import find_device
 from afpq.errors import AfpqError
@@ -18,6 +20,20 @@ from afpq.integrations import transformers as _plugin  # noqa: F401  (registers 
 from afpq.source import open_checkpoint
 
 T = TypeVar("T")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Our own output says what matters; Transformers' progress bars would only come between."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def load_model(model: str | Path, trust_remote_code: bool = False, device: str = "auto") -> Any:

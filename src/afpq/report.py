@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,17 @@ def cells(row: Row) -> tuple[str, ...]:
     agreement = "" if e.top1_agreement is None else f"{100 * e.top1_agreement:.1f}"
     perplexity = f"{e.perplexity:.2f} ±{e.standard_error:.2f}"
     return row.scheme, f"{row.bits_per_weight:.3f}", f"{row.megabytes:.2f}", perplexity, kl, agreement
+
+
+def with_error(value: float | None, error: float | None, digits: int) -> str:
+    """A figure and its standard error, which a single sample does not have."""
+    known = error is not None and math.isfinite(error)
+    return f"{value or 0:.{digits}f}" + (f" ± {error:.{digits}f}" if known else "")
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from afpq.errors import AfpqError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CARD = "README.md"  # read for its licence, never copied: the output has a card of its own
 # Copied beside the weights: everything small that is not the weights, their index or the config.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*")
 
@@ -123,7 +124,7 @@ def _locate(model: str | Path) -> Path:
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise AfpqError(f"{model}: no such directory")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.py", *COMPANIONS]))
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.py", CARD, *COMPANIONS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AfpqError(f"{model}: no such directory, and not to be had from the hub: {reason}") from None

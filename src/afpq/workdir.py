@@ -23,26 +23,33 @@ SCRATCH = "scratch"
 
 
 class WorkDirectory:
-    """OUT.partial while it is worked in; `finished` maps units done to what was noted of them."""
+    """OUT.partial while it is worked in; `finished` maps units done to what was noted of them.
+
+    `digests` holds a checksum of every tensor written. `keep` tells whether an AfpqError leaves the directory for a
+    later run: not while bad input may be the reason, unless it was there before.
+    """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         self.out, self.path = out, out.with_name(f"{out.name}.partial")
         self.finished: dict[str, list[dict[str, Any]]] = {}
+        self.digests: dict[str, str] = {}
         kept = self._read_journal() if resume and self.path.exists() else None
         if kept is None:
             self._start(fingerprint)
         else:
             self._continue(kept, fingerprint)
+        self.keep = bool(self.finished)
 
     @property
     def scratch(self) -> Path:
         """For files that are not part of the result."""
         return self.path / SCRATCH
 
-    def finish(self, unit: str, notes: list[dict[str, Any]]) -> None:
-        """Record a unit whose tensors are on the disk."""
-        self._append({"unit": unit, "notes": notes})
+    def finish(self, unit: str, notes: list[dict[str, Any]], digests: dict[str, str] | None = None) -> None:
+        """Record a unit whose tensors are on the disk, with their checksums by name."""
+        self._append({"unit": unit, "notes": notes, "digests": digests or {}})
         self.finished[unit] = notes
+        self.digests |= digests or {}
 
     def publish(self) -> None:
         """Drop the scratch files and the journal, and give the directory its real name."""
@@ -73,6 +80,7 @@ class WorkDirectory:
             )
         self.scratch.mkdir(exist_ok=True)
         self.finished = {line["unit"]: line["notes"] for line in lines[1:]}
+        self.digests = {name: value for line in lines[1:] for name, value in line.get("digests", {}).items()}
 
     def _append(self, value: dict[str, Any]) -> None:
         with open(self.path / JOURNAL, "a", encoding="utf-8") as file:
@@ -101,8 +109,8 @@ class WorkDirectory:
 def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], resume: bool) -> Iterator[WorkDirectory]:
     """Work in OUT.partial. It is renamed at the end, and kept for a later run if it is stopped after a finished unit.
 
-    Bad input (AfpqError) discards it, unless it was there before. Raises AfpqError where OUT exists already, was begun
-    otherwise, or cannot be written, and where the disk is too small for `needed_bytes`.
+    Bad input (AfpqError) discards it, unless it is to be kept (`WorkDirectory.keep`). Raises AfpqError where OUT
+    exists already, was begun otherwise, or cannot be written, and where the disk is too small for `needed_bytes`.
     """
     out = Path(os.path.abspath(out))
     try:
@@ -111,15 +119,14 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
         work = WorkDirectory(out, fingerprint, resume)
     except (OSError, ValueError) as error:
         raise AfpqError(f"{out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
-    before = len(work.finished)
     try:
         free = shutil.disk_usage(work.path).free
-        if not before and free < needed_bytes:
+        if not work.finished and free < needed_bytes:
             raise AfpqError(f"{out}: needs {needed_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free")
         yield work
         work.publish()
     except AfpqError:
-        if not before:
+        if not work.keep:
             work.discard()
         raise
     except OSError as error:

@@ -21,8 +21,10 @@ from afpq.commands.common import (
 from afpq.console import (
     check_json_place,
     console,
+    outcome_json,
     plan_json,
     print_estimate,
+    print_outcome,
     print_plan,
     progress_bar,
     quiet_transformers,
@@ -75,6 +77,12 @@ def quantize(
     ] = None,
     text: TextOption = None,
     dataset: DatasetOption = None,
+    eval_text: Annotated[
+        Path | None, typer.Option("--eval-text", help="A UTF-8 text to measure the card's perplexity and KL on.")
+    ] = None,
+    card_measure: Annotated[
+        bool, typer.Option("--card-measure/--no-card-measure", help="Measure the result where there is a text.")
+    ] = True,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
@@ -113,15 +121,39 @@ def quantize(
     settings = CalibrationSettings(samples, seq_len, seed, device)
     check_json_place(json)
     content = read_text(text, dataset, calibration=True) if text is not None or dataset is not None else None
+    test, test_name = _evaluation_text(eval_text, dataset if card_measure else None)
     with quiet_transformers():
-        job = prepare(model, recipe, text=content, settings=settings, trust_remote_code=trust_remote_code)
+        job = prepare(
+            model,
+            recipe,
+            text=content,
+            eval_text=test,
+            names=(str(text.name) if text is not None else f"{dataset}'s training split", test_name),
+            measured=card_measure,
+            settings=settings,
+            trust_remote_code=trust_remote_code,
+        )
+        outcome = None
         if not dry_run:
             with progress_bar("start") as advance:
-                execute(job, out, resume=resume, progress=advance)
-    print_plan(job, "would write" if dry_run else "wrote", out)
-    if dry_run:
+                outcome = execute(job, out, resume=resume, progress=advance)
+    print_plan(job, "would write" if outcome is None else "wrote", out)
+    if outcome is None:
         print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
-    save_json(json, plan_json(job.plan))
+    else:
+        print_outcome(outcome)
+    save_json(json, {**plan_json(job.plan), **outcome_json(outcome)})
+
+
+def _evaluation_text(file: Path | None, dataset: str | None) -> tuple[str | None, str]:
+    """(what to measure on, its name): the file, or else the test split of the dataset calibrated on."""
+    from afpq.data import read_text
+
+    if file is not None:
+        return read_text(file, None), file.name
+    if dataset is not None:
+        return read_text(None, dataset), f"{dataset}'s test split"
+    return None, ""
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from afpq.cells import Result
-from afpq.distributions import Asymmetry
-from afpq.figures import Figure, colour_of, figures, legend, shape_of
-from afpq.svg import shape_sample
-from afpq.tabulate import HEADER, PAIR_HEADER, TEXT_COLUMNS, About, in_order, on_front, pair_rows, row
+from afpq.comparison.cells import Result
+from afpq.comparison.distributions import Asymmetry
+from afpq.comparison.figures import Figure, colour_of, figures, legend, shape_of
+from afpq.comparison.svg import shape_sample
+from afpq.comparison.tabulate import HEADER, PAIR_HEADER, TEXT_COLUMNS, About, in_order, on_front, pair_rows, row
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6470; --line: #d5dae1; --paper: #ffffff; --box: #f5f7fa;

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from afpq.cells import Cell, Result
+from afpq.comparison.cells import Cell, Result
 from afpq.scheme import Scheme
 
 SURE = 2.0  # standard errors

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from html import escape
 from statistics import fmean
 
-from afpq.cells import Cell, LayerError, Result
-from afpq.distributions import BINS, EDGE, LOPSIDED, SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, entropy
-from afpq.findings import pareto_front, rise
-from afpq.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
+from afpq.comparison.cells import Cell, LayerError, Result
+from afpq.comparison.distributions import BINS, EDGE, LOPSIDED, SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, entropy
+from afpq.comparison.findings import pareto_front, rise
+from afpq.comparison.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
 
 MOST = 12  # cells that get a small chart of their own
 COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3"}

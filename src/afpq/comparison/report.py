@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from afpq.cells import Result
 from afpq.checkpoint import write_json
-from afpq.distributions import Asymmetry
+from afpq.comparison.cells import Result
+from afpq.comparison.distributions import Asymmetry
+from afpq.comparison.findings import sentences
+from afpq.comparison.page import page
+from afpq.comparison.tabulate import About, in_order, markdown
 from afpq.errors import AfpqError
-from afpq.findings import sentences
-from afpq.page import page
-from afpq.tabulate import About, in_order, markdown
 
 
 def write_comparison(

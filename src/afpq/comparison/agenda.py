@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from afpq.api import CalibrationSettings, Job, prepare
-from afpq.cells import CALIBRATION, FLOAT, Cell, Fingerprint
+from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, Fingerprint
+from afpq.comparison.peers import Peer, installed_peers
 from afpq.data import tokenize, windows
 from afpq.errors import AfpqError
 from afpq.loading import context_length, load_tokenizer
-from afpq.peers import Peer, installed_peers
 from afpq.plan import make_plan
 from afpq.scheme import METHODS, Recipe, parse_scheme
 from afpq.version import __version__

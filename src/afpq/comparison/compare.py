@@ -20,20 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afpq.agenda import Agenda, Question, Task
 from afpq.api import LOG_NAME, Job, execute
 from afpq.blocks import find_linears
-from afpq.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, digest, load, save
-from afpq.distributions import SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, asymmetry, code_counts, some_rows, spread
+from afpq.comparison.agenda import Agenda, Question, Task
+from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, digest, load, save
+from afpq.comparison.distributions import (
+    SAMPLED_LAYERS,
+    SAMPLED_ROWS,
+    Asymmetry,
+    asymmetry,
+    code_counts,
+    some_rows,
+    spread,
+)
+from afpq.comparison.peers import Peer, approximate, missing_packages
+from afpq.comparison.speed import compare_speed
+from afpq.comparison.tabulate import About
 from afpq.errors import AfpqError
 from afpq.evaluate import Measured, logits_of, measure
 from afpq.info import model_info
 from afpq.linear import AfpqLinear
 from afpq.loading import load_model
-from afpq.peers import Peer, approximate, missing_packages
 from afpq.skeleton import build_skeleton
-from afpq.speed import compare_speed
-from afpq.tabulate import About
 
 SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell

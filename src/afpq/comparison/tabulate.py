@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from afpq.cells import Result
-from afpq.findings import bits_text, kl_difference, pairs, pareto_front, rise, verdict
+from afpq.comparison.cells import Result
+from afpq.comparison.findings import bits_text, kl_difference, pairs, pareto_front, rise, verdict
 
 HEADER = (
     "scheme", "method", "true bits", "KL x 1000", "perplexity", "rise over float", "top\u20111\u00a0%", "size\u00a0MB",

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: MIT
+"""The quality card: README.md of a quantized model, in the form of the hub's model cards.
+
+It holds no dates and no timings: the same job writes the same card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from afpq.measure import SampleFigures
+from afpq.plan import OUTSIDE, Plan
+from afpq.report import size_text, with_error
+from afpq.source import CARD
+from afpq.version import __version__
+
+PICTURE = "card_errors.png"
+PAPER = "https://arxiv.org/abs/2311.01792"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+MAX_NAMES = 12
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card tells. `model` is what was quantized, as the user named it; `notes` are the lines of the log.
+
+    `calibration` says how, in a sentence; `measured` are figures or the reason why there are none; `tested` says what
+    the self-test did.
+    """
+
+    model: str
+    plan: Plan
+    notes: Sequence[dict[str, Any]]
+    calibration: str | None
+    measured: SampleFigures | str
+    tested: str
+
+
+def write_card(directory: Path, card: Card) -> None:
+    """Write README.md and, where matplotlib is installed, its picture."""
+    picture = plot_errors(card.notes, directory / PICTURE)
+    (directory / CARD).write_text(card_text(card, picture), "utf-8")
+
+
+def card_text(card: Card, picture: bool) -> str:
+    """The whole card, in Markdown."""
+    scheme = card.plan.recipe.scheme
+    sections = {
+        f"{_name(card)}, {scheme} by {card.plan.recipe.method}": f"{_summary(card)}\n\n{_facts(card)}",
+        "Quality": f"{_quality(card)}\n\n{_errors(card.notes, picture)}",
+        "Load it": _LOAD,
+        "How it was made": _making(card),
+    }
+    parts = [f"{'##' if index else '#'} {title}\n\n{text}" for index, (title, text) in enumerate(sections.items())]
+    return f"---\n{_front_matter(card)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def licence_of(directory: Path) -> dict[str, str]:
+    """The licence keys in the front matter of a model's own card; none where there is no card that tells."""
+    try:
+        metadata = metadata_load(directory / CARD)
+    except Exception:  # no file, no UTF-8, or whatever the YAML parser makes of foreign text
+        return {}
+    found = {key: (metadata or {}).get(key) for key in LICENCE_KEYS}
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}
+
+
+def _front_matter(card: Card) -> str:
+    scheme, hub = card.plan.recipe.scheme, not Path(card.model).is_dir()
+    keys: dict[str, Any] = {
+        # A directory's name is not the id of anything: only what came from the hub is named here.
+        **({"base_model": card.model, "base_model_relation": "quantized"} if hub else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["afpq", "quantized", f"{scheme.format.bits}-bit", scheme.format.name, card.plan.recipe.method],
+        **licence_of(card.plan.checkpoint.directory),
+    }
+    text: str = ModelCardData(**keys).to_yaml()
+    return text.strip()
+
+
+def _name(card: Card) -> str:
+    path = Path(card.model)
+    return path.resolve().name if path.is_dir() else card.model
+
+
+def _summary(card: Card) -> str:
+    name = f"`{_name(card)}`"
+    link = name if Path(card.model).is_dir() else f"[{card.model}](https://huggingface.co/{card.model})"
+    bits = card.plan.recipe.scheme.format.bits
+    return f"{link} with its weights in {bits} bits, quantized by afpq ([asymmetric floating point]({PAPER}))."
+
+
+def _facts(card: Card) -> str:
+    plan = card.plan
+    scheme = plan.recipe.scheme
+    scales = "a scale and a zero point" if scheme.zero_point else "one scale"
+    scales = "a scale for each sign" if scheme.two_scales else scales
+    group = "row" if scheme.group_size == -1 else f"group of {scheme.group_size} weights"
+    others = sorted({str(t.scheme) for t in plan.targets} - {str(scheme)})
+    rows = [
+        ("scheme", f"{scheme}: {scheme.format.bits}-bit {scheme.format.name}, {scales} of each {group}"),
+        *([("some layers", ", ".join(others))] if others else []),
+        ("method", f"{plan.recipe.method}, scales by {plan.recipe.search}"),
+        ("true bits per weight", f"{plan.bits_per_weight:.3f} for a quantized weight, with scales and zero points"),
+        ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.targets)} linear layers"),
+        ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
+        ("left as it was", _left(plan)),
+    ]  # fmt: skip
+    return _table(("", ""), rows)
+
+
+def _left(plan: Plan) -> str:
+    """Linears by name, and the tensors outside of the blocks."""
+    outside = [name for unit in plan.units if unit.name == OUTSIDE for name in unit.tensors if name not in unit.targets]
+    linears = [f"`{name}`" for name in plan.kept]
+    others = [f"`{n.removesuffix('.weight')}`" for n in outside if n.removesuffix(".weight") not in plan.kept]
+    return _some([*linears, *others]) + "; norms and biases"
+
+
+def _quality(card: Card) -> str:
+    found = card.measured
+    if isinstance(found, str):
+        return f"Perplexity and KL divergence were not measured: {found}."
+    result, (count, length) = found.result, found.sample.windows.shape
+    rows = [
+        ("perplexity", f"{found.original:.2f}", with_error(result.perplexity, result.standard_error, 2)),
+        (
+            "KL divergence from the original, nats a token",
+            "0",
+            with_error(result.kl_divergence, result.kl_standard_error, 4),
+        ),
+        ("same most likely token", "100 %", f"{100 * (result.top1_agreement or 0):.1f} %"),
+    ]
+    return (
+        f"{_table(('', 'original', 'this model'), rows)}\n\n"
+        f"Measured on {found.sample.origin}: {count} windows of {length} tokens, a sample. Perplexity depends "
+        "on the text and on the windows' length: compare it only with the original's beside it. KL sees every change."
+    )
+
+
+def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
+    """What was lost in which layers: a picture, and a line for each kind of layer."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for note in notes:
+        kinds.setdefault(kind_of(note["module"]), []).append(note)
+    rows = []
+    for kind, members in kinds.items():
+        worst = max(members, key=error_of)
+        mean = sum(map(error_of, members)) / len(members)
+        rows.append((f"`{kind}`", str(len(members)), f"{mean:.1e}", f"{error_of(worst):.1e}", f"`{worst['module']}`"))
+    table = _table(("layers", "number", "mean error", "worst", "where"), rows)
+    image = f"![Error of each layer]({PICTURE})\n\n" if picture else ""
+    meaning = _MEANING["output_error" in notes[0]] if notes else ""
+    return f"{image}{table}\n\n{meaning}"
+
+
+_MEANING = {
+    True: "Error: squared error of a layer's outputs on the calibration text, relative to the outputs' squares.",
+    False: "Error: squared error of a layer's weights, relative to the weights' squares.",
+}
+
+
+def kind_of(module: str) -> str:
+    """`model.layers.3.mlp.up_proj` -> up_proj."""
+    return module.rpartition(".")[2]
+
+
+def error_of(note: dict[str, Any]) -> float:
+    """Of the layer's outputs where they are known, else of its weights."""
+    return float(note.get("output_error", note["weight_error"]))
+
+
+_LOAD = """```python
+import afpq  # pip install afpq: registers the format with Transformers, which could not read the weights without it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+directory = "path/to/this/directory"  # or its id on the hub
+model = AutoModelForCausalLM.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+```
+
+```sh
+afpq generate path/to/this/directory "Once upon a time"
+afpq info path/to/this/directory
+afpq eval path/to/this/directory --text test.txt
+```"""
+
+
+def _making(card: Card) -> str:
+    recipe = card.plan.recipe
+    odd = [note for note in card.notes if note.get("note")]
+    lines = [
+        card.calibration or f"Calibration: none, {recipe.method} needs no data.",
+        *(f"Not by {recipe.method}: `{note['module']}` ({note['note']})." for note in odd[:MAX_NAMES]),
+        *([f"{len(odd) - MAX_NAMES} more such layers are in `afpq_log.jsonl`."] if len(odd) > MAX_NAMES else []),
+        f"Self-test: every tensor was read back and is as it was computed. {card.tested}",
+        "All settings are in `config.json` under `quantization_config`, figures for each layer in `afpq_log.jsonl`.",
+        f"Made by afpq {__version__}.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
+    """A line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    kinds = list(dict.fromkeys(kind_of(note["module"]) for note in notes))
+    for kind in kinds:
+        members = [note for note in notes if kind_of(note["module"]) == kind]
+        blocks = [_block_of(note["module"]) for note in members]
+        axis.plot(blocks, [error_of(note) for note in members], marker="o", markersize=3, linewidth=1.2, label=kind)
+    before = [(_block_of(n["module"]), n["output_error_before"]) for n in notes if "output_error_before" in n]
+    if before:
+        axis.scatter(
+            [x for x, _ in before], [y for _, y in before], s=10, color="#b8bec7", zorder=1, label="rounded to nearest"
+        )
+    _finish(axis, "output" if before else "weight", sorted(map(error_of, notes)))
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return True
+
+
+def _finish(axis: Any, what: str, errors: Sequence[float]) -> None:
+    """Scales and labels; a logarithmic scale would blow up the differences of errors that are nearly equal."""
+    if 0 < 10 * errors[0] < errors[-1]:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("block")
+    axis.set_ylabel(f"relative squared {what} error")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", which="both", color="#eeeeee", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.legend(frameon=False, fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _block_of(module: str) -> int:
+    """The first number in a module's name."""
+    found = re.search(r"\d+", module)
+    return int(found[0]) if found else 0

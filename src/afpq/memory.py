@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""How much memory is free: what may be loaded whole, and what may not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # a container's own limit
+
+
+def available_memory() -> int:
+    """Bytes this process may still take without harm; where no one tells, half of the machine's, else 0."""
+    return max(0, min(_free_in_system(), _left_in_container()))
+
+
+def available_device_memory(device: torch.device) -> int:
+    """Bytes free on the GPU; Transformers loads into ordinary memory first, so never more than are free there."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return min(free, available_memory())
+
+
+def _free_in_system() -> int:
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].removesuffix("kB")) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (OSError, ValueError):
+            return 0
+
+
+def _left_in_container() -> int:
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return int(limit) - int(used)  # "max" is no number: no limit
+    except (OSError, ValueError):
+        return 2**63
