@@ -118,7 +118,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_quantize_eval_info_generate_as_processes(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
-    out, small = tmp_path / "out", ("--format", "nf3", "--group-size", "64")
+    out, small = tmp_path / "out", ("--format", "nf3", "--group-size", "64", "--scale-dtype", "float16")
     quantized = finish(start("quantize", tiny_model_dir, out, *small, "--json", tmp_path / "q.json"))
     assert (quantized.code, quantized.err) == (0, ""), quantized.err
     assert str(out) in quantized.out and "nf3-asym-g64" in quantized.out and "3.533" in quantized.out
@@ -145,7 +145,7 @@ def test_quantize_eval_info_generate_as_processes(tiny_model_dir: Path, text: Pa
 
 def test_quantize_writes_what_the_library_writes(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
     arguments = (
-        "--format", "nf4", "--group-size", "32", "--sym", "--scale-search", "mse",
+        "--format", "nf4", "--group-size", "32", "--sym", "--scale-search", "mse", "--scale-dtype", "float16",
         "--skip", r"layers\.0\..*q_proj", "--skip", "gate", "--override", "down_proj=nf3-asym-g64",
     )  # fmt: skip
     assert cli("quantize", tiny_model_dir, tmp_path / "a", *arguments).code == 0

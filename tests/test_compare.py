@@ -14,7 +14,7 @@ import torch
 
 import afpq
 from afpq import AfpqError, CalibrationSettings
-from afpq import compare as module
+from afpq.comparison import compare as module
 from afpq.comparison.agenda import Agenda, Question, make_agenda
 from afpq.comparison.cells import FLOAT, Cell, Result
 from afpq.comparison.compare import Comparison, asymmetries, describe_setting

@@ -61,7 +61,7 @@ def test_it_agrees_with_the_plan(tiny_model_dir: Path, tmp_path: Path, scheme: s
 
 
 def test_a_model_saved_by_transformers(tiny_model_dir: Path, tmp_path: Path) -> None:
-    config = AfpqConfig(format="nf3", group_size=64)
+    config = AfpqConfig(format="nf3", group_size=64, scale_dtype="float16")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
     model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     quantize(tiny_model_dir, tmp_path / "out", "nf3-asym-g64")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from afpq import AfpqError
-from afpq import peers as module
+from afpq.comparison import peers as module
 from afpq.comparison.peers import PEERS, Peer, approximate, installed_peers, missing_packages
 
 TRUE_BITS = {

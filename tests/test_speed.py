@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from afpq import speed as module
+from afpq.comparison import speed as module
 from afpq.comparison.speed import compare_speed
 from afpq.loading import load_model
 

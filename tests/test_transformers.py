@@ -52,13 +52,13 @@ def saved_copy(saved: Path, tmp_path: Path) -> Path:
 
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
-    ("nf4-asym-g128", {"bits": 4}),
-    ("nf3-asym-g64", {"format": "nf3", "group_size": 64}),
-    ("nf3-sym-g32", {"bits": 3, "sym": True, "group_size": 32}),
-    ("int4-asym-g32", {"format": "int4", "group_size": 32}),
-    ("fp4-asym-g-1", {"format": "fp4", "group_size": -1}),
-    ("nf4-asym-g64-log8", {"group_size": 64, "scale_dtype": "log8"}),
-    ("int8-sym-g64", {"bits": 8, "sym": True, "group_size": 64}),
+    ("nf4-asym-g64-log8", {"bits": 4}),
+    ("nf4-asym-g128", {"group_size": 128, "scale_dtype": "float16"}),
+    ("nf3-asym-g64-log8", {"format": "nf3"}),
+    ("nf3-sym-g32", {"scale_dtype": "float16", "bits": 3, "sym": True, "group_size": 32}),
+    ("int4-asym-g32", {"scale_dtype": "float16", "format": "int4", "group_size": 32}),
+    ("fp4-asym-g-1", {"scale_dtype": "float16", "format": "fp4", "group_size": -1}),
+    ("int8-sym-g64", {"scale_dtype": "float16", "bits": 8, "sym": True, "group_size": 64}),
 ]
 
 
@@ -91,7 +91,7 @@ def test_saving_and_loading_changes_nothing(
 
 
 def test_both_ways_save_the_same_tensors_and_config(tiny_model_dir: Path, saved: Path, tmp_path: Path) -> None:
-    config = AfpqConfig(format="nf3", group_size=64)
+    config = AfpqConfig(format="nf3", group_size=64, scale_dtype="float16")
     load(tiny_model_dir, dtype=torch.float16, quantization_config=config).save_pretrained(tmp_path / "on_load")
     ours, theirs = load_file(saved / WEIGHTS), load_file(tmp_path / "on_load" / WEIGHTS)
     assert set(ours) == set(theirs)
@@ -138,7 +138,11 @@ def test_the_model_without_its_head_loads(saved: Path, tiny_model_dir: Path) -> 
     assert len(schemes_of(model)) == 14
     with torch.no_grad():
         assert torch.equal(model(IDS).last_hidden_state, full.model(IDS).last_hidden_state)
-    on_load = load(tiny_model_dir, auto=AutoModel, quantization_config=AfpqConfig(format="nf3", group_size=64))
+    on_load = load(
+        tiny_model_dir,
+        auto=AutoModel,
+        quantization_config=AfpqConfig(format="nf3", group_size=64, scale_dtype="float16"),
+    )
     with torch.no_grad():
         assert torch.equal(model(IDS).last_hidden_state, on_load(IDS).last_hidden_state)
 
@@ -152,7 +156,11 @@ def test_patterns_hold_without_the_head(tiny_model_dir: Path, tmp_path: Path) ->
 
 
 def test_a_head_model_saved_by_the_base_model_loads(tiny_model_dir: Path, tmp_path: Path) -> None:
-    base = load(tiny_model_dir, auto=AutoModel, quantization_config=AfpqConfig(format="nf3", group_size=64))
+    base = load(
+        tiny_model_dir,
+        auto=AutoModel,
+        quantization_config=AfpqConfig(format="nf3", group_size=64, scale_dtype="float16"),
+    )
     base.save_pretrained(tmp_path / "base")
     again = load(tmp_path / "base", auto=AutoModel)
     with torch.no_grad():
@@ -173,7 +181,7 @@ def test_dequantize_gives_plain_linears(saved: Path, tmp_path: Path) -> None:
 
 def test_modules_not_to_convert_stay_plain_through_saving(tiny_model_dir: Path, tmp_path: Path) -> None:
     kept = ["model.layers.0.mlp", "q_proj", r".*\.1\.self_attn\.[ko]_proj"]  # a parent, last parts, a pattern
-    config = AfpqConfig(format="nf4", group_size=64, modules_to_not_convert=kept)
+    config = AfpqConfig(format="nf4", group_size=64, scale_dtype="float16", modules_to_not_convert=kept)
     model = load(tiny_model_dir, quantization_config=config)
     expected = {
         "model.layers.0.self_attn.k_proj",
@@ -197,7 +205,9 @@ def test_dynamic_overrides_and_skips_through_saving(tiny_model_dir: Path, tmp_pa
         r"o_proj": {"bits": 3, "format": "nf3"},
         r"-:layers\.1\.mlp": {},
     }
-    model = load(tiny_model_dir, quantization_config=AfpqConfig(bits=4, group_size=64, dynamic=dynamic))
+    model = load(
+        tiny_model_dir, quantization_config=AfpqConfig(bits=4, group_size=64, scale_dtype="float16", dynamic=dynamic)
+    )
     schemes = schemes_of(model)
     assert schemes["model.layers.0.mlp.down_proj"] == "int8-sym-g32"
     assert schemes["model.layers.1.self_attn.o_proj"] == "nf3-asym-g64"
@@ -245,7 +255,9 @@ def test_config_values_that_make_no_sense_are_an_error(keys: dict[str, Any]) -> 
 
 
 def test_a_config_survives_json() -> None:
-    config = AfpqConfig(format="nf3", group_size=64, modules_to_not_convert=["lm_head"], dynamic={"-:q_proj": {}})
+    config = AfpqConfig(
+        format="nf3", group_size=64, scale_dtype="float16", modules_to_not_convert=["lm_head"], dynamic={"-:q_proj": {}}
+    )
     again = AfpqConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
     assert again.to_dict() == config.to_dict()
     assert again.recipe() == config.recipe()
@@ -289,7 +301,7 @@ def test_a_broken_tensor_is_an_error_that_names_it(
 
 
 def test_a_missing_tensor_in_shards_is_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = load(tiny_model_dir, quantization_config=AfpqConfig(format="nf3", group_size=64))
+    model = load(tiny_model_dir, quantization_config=AfpqConfig(format="nf3", group_size=64, scale_dtype="float16"))
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

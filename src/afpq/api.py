@@ -28,7 +28,7 @@ from afpq.loading import context_length, load_tokenizer
 from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan, make_plan
-from afpq.scheme import METHODS, Recipe, Scheme, parse_scheme
+from afpq.scheme import DEFAULT_SCHEME, METHODS, Recipe, Scheme, parse_scheme
 from afpq.selftest import check_reloaded, check_tensors
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
@@ -149,7 +149,7 @@ _NO_TEXT, _SWITCHED_OFF = "no text was given (--eval-text FILE)", "it was switch
 def quantize(
     model: str | Path,
     out: str | Path,
-    scheme: str | Scheme = "nf4-asym-g128",
+    scheme: str | Scheme = DEFAULT_SCHEME,
     *,
     method: str = "rtn",
     text: str | Sequence[str] | None = None,

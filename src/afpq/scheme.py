@@ -33,6 +33,10 @@ METHODS = {
     "awq+gptq": Method("gptq", "awq"),
 }
 
+# Of the schemes measured the most accurate for their bits, at 3 and at 4 (docs/LOG.md): two scales of a byte for 64.
+DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE = 64, "log8"
+DEFAULT_SCHEME = f"nf4-asym-g{DEFAULT_GROUP_SIZE}-{DEFAULT_SCALE_DTYPE}"
+
 _SCHEME = re.compile(r"(?P<format>.+)-(?P<sym>sym|asym)-g(?P<group>-1|\d+)(?:-(?P<scale>float\d+|log\d+))?")
 
 

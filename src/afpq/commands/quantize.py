@@ -31,6 +31,7 @@ from afpq.console import (
     save_json,
 )
 from afpq.errors import AfpqError
+from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE
 
 
 @app.command()
@@ -68,9 +69,9 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The directory to create.")],
     format: Annotated[str, typer.Option(help="nf2-4, fp3-4, int2-4, int8, or lut:VALUE:VALUE:...")] = "nf4",
-    group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = 128,
+    group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = DEFAULT_GROUP_SIZE,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
-    scale_dtype: Annotated[str, typer.Option(help="float16, log8 (a byte a scale) or float32.")] = "float16",
+    scale_dtype: Annotated[str, typer.Option(help="log8 (a byte a scale), float16 or float32.")] = DEFAULT_SCALE_DTYPE,
     method: Annotated[str, typer.Option(help="rtn, gptq, awq or awq+gptq; all but rtn need text.")] = "rtn",
     scale_search: Annotated[
         str | None, typer.Option(help="absmax (the paper's; default of rtn) or mse (least squared error).")

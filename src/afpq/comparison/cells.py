@@ -48,7 +48,7 @@ class Cell:
         return plain if plain == str(self).replace(" ", "_") else f"{plain}-{digest(str(self))[:8]}"
 
     def __str__(self) -> str:
-        return f"{self.scheme} {self.method}".rstrip()
+        return f"{self.scheme} {self.method}" if self.method else self.scheme
 
 
 FLOAT = Cell("float", "")

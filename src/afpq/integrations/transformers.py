@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The Transformers plug-in: quantize while loading, load what was saved. Importing this file registers it.
 
-    AutoModelForCausalLM.from_pretrained(name, quantization_config=AfpqConfig(format="nf4", group_size=128))
+    AutoModelForCausalLM.from_pretrained(name, quantization_config=AfpqConfig(format="nf4"))
     AutoModelForCausalLM.from_pretrained("a directory written by afpq")
 
 Stays within the hooks that have been the same since Transformers 5.0. Before any weight is loaded, every tensor the
@@ -29,7 +29,7 @@ from afpq.errors import AfpqError
 from afpq.linear import AfpqLinear
 from afpq.packing import layout, to_tensors
 from afpq.pipeline import solve
-from afpq.scheme import Recipe
+from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Recipe
 from afpq.source import TensorInfo, find_tensor, require_tensor, tensor_headers
 
 
@@ -46,9 +46,9 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         bits: int | None = None,
         format: str | None = None,
-        group_size: int = 128,
+        group_size: int = DEFAULT_GROUP_SIZE,
         sym: bool = False,
-        scale_dtype: str = "float16",
+        scale_dtype: str = DEFAULT_SCALE_DTYPE,
         method: str = "rtn",
         scale_search: str = "absmax",
         modules_to_not_convert: list[str] | None = None,
