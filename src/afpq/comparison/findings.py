@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afpq.comparison.cells import Cell, Result
+from afpq.formats import parse_format
 from afpq.scheme import Scheme
 
 SURE = 2.0  # standard errors
@@ -88,7 +89,8 @@ def pairs(results: Sequence[Result]) -> list[Pair]:
             found.append(Pair("one scale, half the group", result, by_cell.get(wanted), wanted))
         zero_points = [r for r in results if _is_zero_point(r.cell, result.cell.method, scheme)]
         nearest = min(zero_points, key=lambda r: abs(r.bits_per_weight - result.bits_per_weight), default=None)
-        named = Cell(f"int{scheme.format.bits}-asym-g{scheme.group_size}", result.cell.method)
+        integer = replace(scheme, format=parse_format(f"int{scheme.format.bits}"))
+        named = Cell(str(integer), result.cell.method)
         found.append(Pair("scale and zero point", result, nearest, nearest.cell if nearest else named))
     return found
 
