@@ -62,7 +62,7 @@ class AnyPython(bdist_wheel):
 native = Extension(
     "afpq.kernels.libafpq_cpu",
     sources=list(SOURCES),
-    depends=["csrc/afpq.h", "csrc/avx2.h"],
+    depends=["csrc/afpq.h", "csrc/avx2.h", "csrc/f16c.h"],
     language="c++",
     optional=True,
 )

@@ -3,9 +3,9 @@
 // it: nothing compiled with these flags may be merged by the linker with code that runs elsewhere.
 #pragma once
 
-#include "afpq.h"
-
 #include <immintrin.h>
+
+#include "f16c.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -23,14 +23,6 @@ void int8(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
 namespace {
 
 // ---- memory
-
-struct Scratch { // aligned, freed with its scope
-    explicit Scratch(int64_t count) : data(static_cast<float *>(aligned_alloc(64, (4 * count + 127) / 64 * 64))) {}
-    ~Scratch() { free(data); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    float *data;
-};
 
 template <int BITS> constexpr int64_t UNIT_BYTES = 4 * BITS;
 
@@ -96,35 +88,6 @@ class Zeros {
     uint8_t *block;
     int64_t first = -1;
 };
-
-inline void convert(const void *in, Kind kind, int64_t first, int64_t count, float *out) {
-    if (kind == FLOAT32) {
-        memcpy(out, static_cast<const float *>(in) + first, static_cast<size_t>(4 * count));
-        return;
-    }
-    const uint16_t *from = static_cast<const uint16_t *>(in) + first;
-    int64_t i = 0;
-    if (kind == FLOAT16) {
-        for (; i + 8 <= count; i += 8)
-            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
-        for (; i < count; i++) out[i] = _cvtsh_ss(from[i]);
-    } else {
-        for (; i < count; i++) {
-            const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-            memcpy(out + i, &bits, 4);
-        }
-    }
-}
-
-// Scales [first, first + count) as float32; `scales` are w.pos or w.neg.
-inline void convert(const Weight &w, const void *scales, int64_t first, int64_t count, float *out) {
-    if (w.levels) {
-        const uint8_t *bytes = static_cast<const uint8_t *>(scales) + first;
-        for (int64_t i = 0; i < count; i++) out[i] = w.levels[bytes[i]];
-    } else {
-        convert(scales, w.scale_kind, first, count, out);
-    }
-}
 
 // pos and neg of a row's groups; with zeros, neg becomes zero * scale (exact: 11 bits times 4).
 inline void row_scales(const Weight &w, Zeros &zeros, int64_t row, float *pos, float *neg) {

@@ -295,26 +295,6 @@ template <int BITS> void exact_bits(const Weight &w, const Inputs &in, int64_t b
         exact_many<BITS>(w, in, begin, end, y);
 }
 
-void to_float(const void *in, Kind kind, float *out, int64_t count) { convert(in, kind, 0, count, out); }
-
-void from_float(const float *in, void *out, Kind kind, int64_t count) {
-    if (kind == FLOAT32) {
-        memcpy(out, in, static_cast<size_t>(4 * count));
-        return;
-    }
-    uint16_t *to = static_cast<uint16_t *>(out);
-    for (int64_t i = 0; i < count; i++) {
-        if (kind == FLOAT16) {
-            to[i] = static_cast<uint16_t>(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
-        } else {
-            uint32_t bits;
-            memcpy(&bits, in + i, 4);
-            const bool nan = (bits & 0x7fffffff) > 0x7f800000; // rounding up could turn it into infinity
-            to[i] = static_cast<uint16_t>(nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        }
-    }
-}
-
 } // namespace
 
 namespace avx2 {

@@ -17,6 +17,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
+#include "f16c.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -28,14 +29,6 @@ namespace afpq {
 namespace {
 
 // ---- memory
-
-struct Scratch { // aligned, freed with its scope
-    explicit Scratch(int64_t count) : data(static_cast<float *>(aligned_alloc(64, (4 * count + 127) / 64 * 64))) {}
-    ~Scratch() { free(data); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    float *data;
-};
 
 template <int BITS> constexpr int64_t UNIT_BYTES = 4 * BITS;
 constexpr int64_t AHEAD = 4096; // bytes of codes to prefetch: a page, where the processor's own prefetching stops
@@ -105,35 +98,6 @@ int32_t zero_at(const Weight &w, int64_t row, int64_t group) {
     const int64_t bit = row * w.bits, byte = bit / 8;
     const uint32_t two = packed[byte] | (byte + 1 < w.zero_bytes ? packed[byte + 1] << 8 : 0);
     return static_cast<int32_t>(two >> (bit % 8) & ((1u << w.bits) - 1));
-}
-
-void convert(const void *in, Kind kind, int64_t first, int64_t count, float *out) {
-    if (kind == FLOAT32) {
-        memcpy(out, static_cast<const float *>(in) + first, static_cast<size_t>(4 * count));
-        return;
-    }
-    const uint16_t *from = static_cast<const uint16_t *>(in) + first;
-    int64_t i = 0;
-    if (kind == FLOAT16) {
-        for (; i + 8 <= count; i += 8)
-            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
-        for (; i < count; i++) out[i] = _cvtsh_ss(from[i]);
-    } else {
-        for (; i < count; i++) {
-            const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-            memcpy(out + i, &bits, 4);
-        }
-    }
-}
-
-// Scales [first, first + count) as float32; `scales` are w.pos or w.neg.
-void convert(const Weight &w, const void *scales, int64_t first, int64_t count, float *out) {
-    if (w.levels) {
-        const uint8_t *bytes = static_cast<const uint8_t *>(scales) + first;
-        for (int64_t i = 0; i < count; i++) out[i] = w.levels[bytes[i]];
-    } else {
-        convert(scales, w.scale_kind, first, count, out);
-    }
 }
 
 // pos[g] and neg[g] of a row's groups [first, last); with zeros, neg becomes zero * scale (exact: 11 bits times 4).
@@ -494,30 +458,6 @@ void int8(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *
     if (w.bits == 4) int8_bits<4>(w, in, begin, end, y);
     if (w.bits == 3) int8_bits<3>(w, in, begin, end, y);
     if (w.bits == 2) int8_bits<2>(w, in, begin, end, y);
-}
-
-void to_float(const void *in, Kind kind, float *out, int64_t count) { convert(in, kind, 0, count, out); }
-
-void from_float(const float *in, void *out, Kind kind, int64_t count) {
-    if (kind == FLOAT32) {
-        memcpy(out, in, static_cast<size_t>(4 * count));
-        return;
-    }
-    uint16_t *to = static_cast<uint16_t *>(out);
-    int64_t i = 0;
-    if (kind == FLOAT16) {
-        for (; i + 8 <= count; i += 8)
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(to + i),
-                             _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
-        for (; i < count; i++) to[i] = static_cast<uint16_t>(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
-    } else {
-        for (; i < count; i++) {
-            uint32_t bits;
-            memcpy(&bits, in + i, 4);
-            const bool nan = (bits & 0x7fffffff) > 0x7f800000; // rounding up could turn it into infinity
-            to[i] = static_cast<uint16_t>(nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        }
-    }
 }
 
 const Kernels TABLE = {"avx512", 6,       permute_exact, permute_int8, exact,     int8,
