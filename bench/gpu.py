@@ -50,6 +50,7 @@ from torch.nn.functional import linear as torch_linear
 from afpq.algorithms import quantize_rtn
 from afpq.groups import QuantizedWeight
 from afpq.kernels import gpu
+from afpq.kernels.packed import Packed
 from afpq.linear import AfpqLinear
 from afpq.scheme import parse_scheme
 
@@ -109,8 +110,9 @@ def ours(W: Tensor, scheme: str, dtypes: list[str], cold: int) -> list[Contestan
     nbytes = sum(buffer.nbytes for buffer in first.buffers())
     calls: list[Call] = [first, *(copy.deepcopy(first) for _ in range(cold // nbytes))]
     if not W.is_cuda:
-        book, weight = first.scheme.format, (first.qweight, *first._scale_buffers(), None)
-        calls = [lambda x: gpu.linear(x, *weight, list(book.values), book.bits, first.scheme.group_size)]
+        book = first.scheme.format
+        weight = Packed(first.qweight, *first._scale_buffers(), list(book.values), book.bits, first.scheme.group_size)
+        calls = [lambda x: gpu.linear(x, weight, None)]
     return [Contestant(f"{scheme} {dtype}", calls, nbytes, dtype, first.dequantize) for dtype in dtypes]
 
 

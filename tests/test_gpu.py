@@ -21,6 +21,7 @@ from afpq.algorithms import quantize_rtn
 from afpq.errors import AfpqError
 from afpq.formats import FORMATS, custom_format, parse_format
 from afpq.kernels import gpu, reference
+from afpq.kernels.packed import Packed
 from afpq.kernels.tiles import MOST_TOKENS, TILES, Tile, steps_of_a_program, tile_for
 from afpq.linear import AfpqLinear
 from afpq.scheme import Scheme, parse_scheme
@@ -59,8 +60,8 @@ def run(layer: AfpqLinear, x: Tensor) -> Tensor:
     """What the op does on GPUs, on any tensors."""
     book = layer.scheme.format
     bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
-    weight = (layer.qweight, *layer._scale_buffers(), bias)
-    return gpu.linear(x, *weight, list(book.values), book.bits, layer.scheme.group_size)
+    weight = Packed(layer.qweight, *layer._scale_buffers(), list(book.values), book.bits, layer.scheme.group_size)
+    return gpu.linear(x, weight, bias)
 
 
 def check(layer: AfpqLinear, x: Tensor, roundings: float) -> Tensor:
@@ -99,8 +100,8 @@ def test_dequantize_equals_the_reference_to_the_last_bit(
 ) -> None:
     layer = layer_of(scheme, rows, columns, False, device)
     book = layer.scheme.format
-    arguments = (layer.qweight, *layer._scale_buffers(), list(book.values), book.bits, scheme.group_size)
-    ours, wanted = (f.dequantize(*arguments, columns, dtype) for f in (gpu, reference))
+    weight = Packed(layer.qweight, *layer._scale_buffers(), list(book.values), book.bits, scheme.group_size)
+    ours, wanted = (f.dequantize(weight, columns, dtype) for f in (gpu, reference))
     if scheme.scale_dtype == "log8":  # 2^x of another library, 3 units of float32 off at most
         assert ours.dtype == dtype
         limit = 2.0**-21 + EPS.get(dtype, 0.0)

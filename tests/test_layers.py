@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 ORDER = [
     "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
-    "packing", "kernels.reference", "kernels.checks", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
+    "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",

@@ -20,18 +20,35 @@ from torch import Tensor
 from afpq.kernels import cpu, gpu, reference
 from afpq.kernels.cpu import set_compute
 from afpq.kernels.gpu import prepare
+from afpq.kernels.packed import Packed
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? scales_neg, Tensor? zeros, Tensor? grid"
 _BOOK = "float[] codebook, int bits, int group_size"
 
 torch.library.define("afpq::linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_BOOK}) -> Tensor")
 torch.library.define("afpq::dequantize", f"({_WEIGHT}, {_BOOK}, int in_features, ScalarType dtype) -> Tensor")
-torch.library.impl("afpq::linear", "default", reference.linear)
-torch.library.impl("afpq::dequantize", "default", reference.dequantize)
-torch.library.impl("afpq::linear", "CPU", cpu.linear)
-torch.library.impl("afpq::dequantize", "CPU", cpu.dequantize)
-torch.library.impl("afpq::linear", "CUDA", gpu.linear)
-torch.library.impl("afpq::dequantize", "CUDA", gpu.dequantize)
+
+
+def _register(kernel: Any, key: str) -> None:
+    """A module's `linear` and `dequantize` for a dispatch key: the schema's list of operands becomes one value."""
+
+    def linear(x: Tensor, *operands: Any) -> Tensor:
+        *tensors, bias, codebook, bits, group_size = operands
+        result: Tensor = kernel.linear(x, Packed._make([*tensors, codebook, bits, group_size]), bias)
+        return result
+
+    def dequantize(*operands: Any) -> Tensor:
+        *weight, in_features, dtype = operands
+        result: Tensor = kernel.dequantize(Packed._make(weight), in_features, dtype)
+        return result
+
+    torch.library.impl("afpq::linear", key, linear)
+    torch.library.impl("afpq::dequantize", key, dequantize)
+
+
+_register(reference, "default")
+_register(cpu, "CPU")
+_register(gpu, "CUDA")
 
 
 def _linear_fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:

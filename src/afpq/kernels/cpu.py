@@ -22,7 +22,7 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import reference
-from afpq.kernels.checks import check_weight
+from afpq.kernels.packed import Packed
 from afpq.packing import packed_size
 
 LIBRARY = Path(__file__).with_name("libafpq_cpu.so")
@@ -71,9 +71,8 @@ class _Native:
         for bits in BITS:
             qweight = codes[: 8 * packed_size(256, bits)].view(8, -1).clone()
             scales, scales_neg = torch.linspace(0.5, 2, 16).view(8, 2), torch.linspace(2, 0.5, 16).view(8, 2)
-            weight = _weight(
-                qweight, scales, scales_neg, None, None, torch.linspace(-1, 1, 2**bits).tolist(), bits, 128, 256
-            )
+            book = torch.linspace(-1, 1, 2**bits).tolist()
+            weight = _described(Packed(qweight, scales, scales_neg, None, None, book, bits, 128), 256)
             assert weight is not None
             results = []
             for isa, int8 in ((name, 0), (name, 1), ("portable", 0)):
@@ -142,19 +141,17 @@ def _book(values: tuple[float, ...], bits: int) -> Any:
     return (ctypes.c_float * 2**bits)(*values)
 
 
-def _weight(
-    qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None,
-    codebook: list[float], bits: int, group_size: int, columns: int,
-) -> list[Any] | None:  # fmt: skip
+def _described(weight: Packed, columns: int) -> list[Any] | None:
     """The arguments that describe a weight to the library; None where the reference has to do it.
 
     Raises AfpqError where the tensors do not fit together, since native code would read past their ends.
     """
+    qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = weight
     rows, row_bytes = qweight.shape
     group = columns if group_size == -1 else group_size
     if bits not in BITS or scales.dtype not in _SCALES:
         return None
-    groups, zero_bytes = check_weight(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns)
+    groups, zero_bytes = weight.check(columns)
     for tensor in (qweight, scales, scales_neg, zeros, grid):
         if tensor is not None and not tensor.is_contiguous():
             return None
@@ -174,26 +171,15 @@ def _done(error: int) -> None:
         raise AfpqError(f"native kernel: {_ERRORS.get(error, error)}")
 
 
-def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    scales_neg: Tensor | None,
-    zeros: Tensor | None,
-    grid: Tensor | None,
-    bias: Tensor | None,
-    codebook: list[float],
-    bits: int,
-    group_size: int,
-) -> Tensor:
+def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """See `reference.linear`; the weight is not rounded to the dtype of x."""
     library = native()
     columns = x.shape[-1]
-    weight = _weight(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns)
-    if library is None or weight is None or x.dtype not in _KINDS or columns == 0:
-        return reference.linear(x, qweight, scales, scales_neg, zeros, grid, bias, codebook, bits, group_size)
+    described = _described(weight, columns)
+    if library is None or described is None or x.dtype not in _KINDS or columns == 0:
+        return reference.linear(x, weight, bias)
     x = x.contiguous()
-    rows = qweight.shape[0]
+    rows = weight.qweight.shape[0]
     y = x.new_empty((*x.shape[:-1], rows))
     tokens = x.numel() // columns
     if tokens == 0 or rows == 0:
@@ -201,50 +187,38 @@ def linear(
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     if tokens >= MANY_TOKENS:
-        return _many(library, weight, x.view(tokens, columns), bias, y)
+        return _many(library, described, x.view(tokens, columns), bias, y)
     kind = _KINDS[x.dtype]
     address = None if bias is None else bias.data_ptr()
     int8 = _compute == "int8"
-    _done(library.library.afpq_linear(*weight, x.data_ptr(), kind, tokens, address, y.data_ptr(), int8))
+    _done(library.library.afpq_linear(*described, x.data_ptr(), kind, tokens, address, y.data_ptr(), int8))
     return y
 
 
-def _many(library: _Native, weight: list[Any], x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+def _many(library: _Native, described: list[Any], x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """x [tokens, in] times panels of decoded rows, by torch; in float32 where the machine has no faster 16 bits."""
-    rows, columns = weight[6], weight[7]
+    rows, columns = described[6], described[7]
     dtype = x.dtype if library.isa == "amx" and x.dtype == torch.bfloat16 else torch.float32
     inputs, out = x.to(dtype), y.view(len(x), rows)
     size = max(16, PANEL_BYTES // (dtype.itemsize * columns))
     panel = torch.empty(min(size, rows), columns, dtype=dtype)
     for first in range(0, rows, size):
         last = min(first + size, rows)
-        _done(library.library.afpq_dequantize(*weight, first, last, _KINDS[dtype], panel.data_ptr()))
+        _done(library.library.afpq_dequantize(*described, first, last, _KINDS[dtype], panel.data_ptr()))
         product = inputs @ panel[: last - first].T
         out[:, first:last] = product if bias is None else product.add_(bias[first:last])
     return y
 
 
-def dequantize(
-    qweight: Tensor,
-    scales: Tensor,
-    scales_neg: Tensor | None,
-    zeros: Tensor | None,
-    grid: Tensor | None,
-    codebook: list[float],
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
     library = native()
-    weight = _weight(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features)
-    if library is None or weight is None or dtype not in _KINDS or in_features == 0:
-        return reference.dequantize(
-            qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features, dtype
-        )
-    out = torch.empty(qweight.shape[0], in_features, dtype=dtype)
-    _done(library.library.afpq_dequantize(*weight, 0, qweight.shape[0], _KINDS[dtype], out.data_ptr()))
+    described = _described(weight, in_features)
+    if library is None or described is None or dtype not in _KINDS or in_features == 0:
+        return reference.dequantize(weight, in_features, dtype)
+    rows = weight.qweight.shape[0]
+    out = torch.empty(rows, in_features, dtype=dtype)
+    _done(library.library.afpq_dequantize(*described, 0, rows, _KINDS[dtype], out.data_ptr()))
     return out
 
 

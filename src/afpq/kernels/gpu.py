@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import reference
-from afpq.kernels.checks import check_weight
+from afpq.kernels.packed import Packed
 from afpq.kernels.tiles import (
-    LEAST_FOLDED,
     MOST_TOKENS,
     Tile,
     bucket,
@@ -43,7 +42,7 @@ PANEL_ROWS = 128
 ARENA = 1 << 20  # counters for captured graphs: 4 MiB
 
 
-@lru_cache(maxsize=1)
+@cache
 def kernels() -> Any:
     """The module of kernels; None where Triton is not installed."""
     try:
@@ -175,28 +174,25 @@ def _tile(call: _Call, x: Tensor) -> Tile:
 class _Call:
     """One weight described to the kernels."""
 
-    def __init__(
-        self, qweight: Tensor, scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None,
-        codebook: list[float], bits: int, group_size: int, columns: int,
-    ) -> None:  # fmt: skip
-        self.groups, self.zero_bytes = check_weight(
-            qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns
-        )
+    def __init__(self, weight: Packed, columns: int) -> None:
+        qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = weight
+        self.groups, self.zero_bytes = weight.check(columns)
         for name, tensor in (("scales", scales), ("scales_neg", scales_neg), ("zeros", zeros), ("scale_grid", grid)):
             if tensor is not None and tensor.device != qweight.device:
                 raise AfpqError(f"{name} is on {tensor.device}, qweight on {qweight.device}; move the layer as a whole")
         qweight = qweight.contiguous()
         self.tensors = [qweight, *(t if t is None else t.contiguous() for t in (scales, scales_neg, zeros, grid))]
         self.device, self.rows, self.columns, self.bits = qweight.device, len(qweight), columns, bits
-        self.row_bytes = qweight.shape[1]
+        self.row_bytes, self.scale_dtype = qweight.shape[1], scales.dtype
         self.values = tuple(codebook)
         self.group = 0 if self.groups == 1 else group_size
         self.aligned = self.row_bytes % 4 == 0 and qweight.data_ptr() % 4 == 0
 
     def fusible(self, tokens: int) -> bool:
         """Whether the fused kernel can do it: for tiles of 32 columns or more in one group each, and in 16 bits."""
-        folded = tokens > LEAST_FOLDED and self.tensors[1] is not None and self.tensors[1].dtype == torch.float32
-        return tokens <= MOST_TOKENS and self.group % 32 == 0 and _fits_16_bits(self.values) and not folded
+        if tokens > MOST_TOKENS or self.group % 32 != 0 or not _fits_16_bits(self.values):
+            return False
+        return self.scale_dtype != torch.float32 or not tile_for(_capability(self.device), tokens).fold
 
     def sizes(self) -> tuple[int, ...]:
         return self.rows, self.columns, self.row_bytes, self.groups, self.zero_bytes
@@ -256,23 +252,12 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    scales_neg: Tensor | None,
-    zeros: Tensor | None,
-    grid: Tensor | None,
-    bias: Tensor | None,
-    codebook: list[float],
-    bits: int,
-    group_size: int,
-) -> Tensor:
+def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """See `reference.linear`. Raises AfpqError for operands that do not fit together or are on different devices."""
-    columns, rows = x.shape[-1], len(qweight)
-    if kernels() is None or bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
-        return reference.linear(x, qweight, scales, scales_neg, zeros, grid, bias, codebook, bits, group_size)
-    call = _Call(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, columns)
+    columns, rows = x.shape[-1], len(weight.qweight)
+    if kernels() is None or weight.bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
+        return reference.linear(x, weight, bias)
+    call = _Call(weight, columns)
     if x.device != call.device:
         raise AfpqError(f"inputs are on {x.device}, the layer on {call.device}")
     flat = x.reshape(-1, columns).contiguous()
@@ -288,23 +273,11 @@ def linear(
     return y.view(*x.shape[:-1], rows)
 
 
-def dequantize(
-    qweight: Tensor,
-    scales: Tensor,
-    scales_neg: Tensor | None,
-    zeros: Tensor | None,
-    grid: Tensor | None,
-    codebook: list[float],
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`; equal but for scales on a grid, which come from the GPU's power of two."""
-    if kernels() is None or bits not in BITS or not dtype.is_floating_point or in_features * len(qweight) == 0:
-        return reference.dequantize(
-            qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features, dtype
-        )
-    call = _Call(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, in_features)
+    rows, device = len(weight.qweight), weight.qweight.device
+    if kernels() is None or weight.bits not in BITS or not dtype.is_floating_point or in_features * rows == 0:
+        return reference.dequantize(weight, in_features, dtype)
+    call = _Call(weight, in_features)
     with _on(call.device):
-        return call.decode(0, torch.empty(len(qweight), in_features, dtype=dtype, device=qweight.device))
+        return call.decode(0, torch.empty(rows, in_features, dtype=dtype, device=device))

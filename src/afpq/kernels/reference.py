@@ -8,39 +8,18 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from afpq.groups import decode
+from afpq.kernels.packed import Packed
 from afpq.packing import scales_of, unpack
 
 
-def dequantize(
-    qweight: Tensor,
-    scales: Tensor,
-    scales_neg: Tensor | None,
-    zeros: Tensor | None,
-    grid: Tensor | None,
-    codebook: list[float],
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Packed tensors (see `packing.layout`) -> [out, in_features] in `dtype`."""
+def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
+    """-> [out, in_features] in `dtype`."""
+    qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = weight
     span = in_features if group_size == -1 else group_size
     codes = unpack(qweight, bits, in_features)
     return decode(codes, scales_of(scales, scales_neg, zeros, grid, bits), codebook, span).to(dtype)
 
 
-def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    scales_neg: Tensor | None,
-    zeros: Tensor | None,
-    grid: Tensor | None,
-    bias: Tensor | None,
-    codebook: list[float],
-    bits: int,
-    group_size: int,
-) -> Tensor:
+def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] -> x @ w_hat^T + bias, [..., out], in the dtype of x; w_hat is rounded to that dtype first."""
-    weight = dequantize(qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size, x.shape[-1], x.dtype)
-    return torch_linear(x, weight, bias)
+    return torch_linear(x, dequantize(weight, x.shape[-1], x.dtype), bias)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-LEAST_FOLDED = 64  # tokens; for more, weights are scaled in 16 bits
 MOST_TOKENS = 256  # for more, decoded panels go to the matrix product of torch
 
 
