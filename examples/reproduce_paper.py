@@ -24,7 +24,8 @@ from typing import Any
 import afpq
 from afpq.data import read_text, tokenize, windows
 from afpq.evaluate import evaluate, logits_of
-from afpq.loading import context_length, load_model, load_tokenizer, quiet_transformers
+from afpq.loading import load_model, load_tokenizer, quiet_transformers, window_length
+from afpq.report import table as markdown
 
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper_tables.json").read_text("utf-8"))
 # What the authors' code does: scales from the extreme weights, columns as they come, no refinement afterwards.
@@ -163,7 +164,7 @@ class Laboratory:
     def _perplexity(self, model: str) -> dict[str, Any]:
         loaded = load_model(model)
         if self.windows is None:
-            length = min(self.arguments.seq_len, context_length(loaded) or self.arguments.seq_len)
+            length = window_length(loaded, self.arguments.seq_len)
             stream = tokenize(load_tokenizer(self.arguments.model), str(self.text))
             self.windows = windows(stream, length, self.arguments.max_tokens)
         reference = None
@@ -200,7 +201,7 @@ def report(table: str, model: str | None, measures: list[str], results: list[tup
     for measure in measures:
         header += [measure, "paper"]
         header += ["±", "KL x 1000"] if measure == "perplexity" else []
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines = []
     for cell, found in results:
         line = [cell.row, {None: "", -1: "row"}.get(cell.group, str(cell.group)), _text(found.get("bits"), 3)]
         for measure in measures:
@@ -209,7 +210,7 @@ def report(table: str, model: str | None, measures: list[str], results: list[tup
                 kl = found.get("kl_divergence")
                 line += [_text(found.get("standard_error"), 2), _text(None if kl is None else 1000 * kl, 2)]
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(header, lines, text_columns=1) + "\n"
 
 
 def _text(value: float | None, digits: int) -> str:

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from afpq.calibrated import Calibration, run_calibrated
 from afpq.card import Card, write_card
-from afpq.checkpoint import ShardWriter, digest, write_json
+from afpq.checkpoint import ShardWriter, digest, digest_value, write_json
 from afpq.config import config_to_json
 from afpq.data import sample_windows, tokenize
 from afpq.devices import find_device
 from afpq.errors import AfpqError
-from afpq.loading import context_length, load_tokenizer
+from afpq.loading import load_tokenizer, window_length
 from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan, make_plan
@@ -85,8 +85,10 @@ class Job:
         windows = b"" if self.windows is None else self.windows.numpy().tobytes()
         return {
             "version of afpq": __version__,
-            "model": _digest([str(checkpoint.directory.resolve()), stats, checkpoint.config]),
-            "setting": _digest([asdict(self.plan.recipe), asdict(self.settings) if self.windows is not None else None]),
+            "model": digest_value([str(checkpoint.directory.resolve()), stats, checkpoint.config]),
+            "setting": digest_value(
+                [asdict(self.plan.recipe), asdict(self.settings) if self.windows is not None else None]
+            ),
             "text": hashlib.sha256(windows).hexdigest(),
         }
 
@@ -123,7 +125,7 @@ def prepare(
         raise AfpqError(f"method {recipe.method} needs calibration text: --text FILE or --dataset NAME")
     if eval_text is not None and not measured:
         raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
-    length = min(settings.seq_len, context_length(skeleton) or settings.seq_len)
+    length = window_length(skeleton, settings.seq_len)
 
     def tokens(content: str | Sequence[str]) -> Tensor:
         tokenizer = load_tokenizer(checkpoint.directory, trust_remote_code)
@@ -289,7 +291,3 @@ def _calibration(job: Job) -> str | None:
         return None
     count, length = job.windows.shape
     return f"Calibration: {count} windows of {length} tokens of {job.text_name}, seed {job.settings.seed}."
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -17,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from afpq.measure import SampleFigures
 from afpq.plan import OUTSIDE, Plan
-from afpq.report import size_text, with_error
+from afpq.report import size_text, table, with_error
 from afpq.source import CARD
 from afpq.version import __version__
 
@@ -114,7 +114,7 @@ def _facts(card: Card) -> str:
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
         ("left as it was", _left(plan)),
     ]  # fmt: skip
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _left(plan: Plan) -> str:
@@ -140,7 +140,7 @@ def _quality(card: Card) -> str:
         ("same most likely token", "100 %", f"{100 * (result.top1_agreement or 0):.1f} %"),
     ]
     return (
-        f"{_table(('', 'original', 'this model'), rows)}\n\n"
+        f"{table(('', 'original', 'this model'), rows)}\n\n"
         f"Measured on {found.sample.origin}: {count} windows of {length} tokens, a sample. Perplexity depends "
         "on the text and on the windows' length: compare it only with the original's beside it. KL sees every change."
     )
@@ -156,10 +156,10 @@ def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
         worst = max(members, key=error_of)
         mean = sum(map(error_of, members)) / len(members)
         rows.append((f"`{kind}`", str(len(members)), f"{mean:.1e}", f"{error_of(worst):.1e}", f"`{worst['module']}`"))
-    table = _table(("layers", "number", "mean error", "worst", "where"), rows)
+    by_kind = table(("layers", "number", "mean error", "worst", "where"), rows)
     image = f"![Error of each layer]({PICTURE})\n\n" if picture else ""
     meaning = _MEANING["output_error" in notes[0]] if notes else ""
-    return f"{image}{table}\n\n{meaning}"
+    return f"{image}{by_kind}\n\n{meaning}"
 
 
 _MEANING = {
@@ -211,11 +211,6 @@ def _making(card: Card) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:

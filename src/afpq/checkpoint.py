@@ -124,6 +124,11 @@ class ShardWriter:
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def digest_value(value: object) -> str:
+    """A digest of anything JSON can hold; of paths and the like by their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def digest(tensor: Tensor) -> str:
     """A checksum of a tensor's bytes, 32 hexadecimal digits; NaN and -0 count as their bits."""
     return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()

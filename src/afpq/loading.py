@@ -68,6 +68,11 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
     return _guarded(model, lambda: AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code))
 
 
+def window_length(model: nn.Module, wanted: int) -> int:
+    """Tokens in a window of text: as many as wanted, but no more than the model was made for."""
+    return min(wanted, context_length(model) or wanted)
+
+
 def context_length(model: nn.Module) -> int | None:
     """Tokens a model was made for, where its config tells."""
     config: Any = model.config

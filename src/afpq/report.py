@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,17 @@ def size_text(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int | None = None) -> str:
+    """A Markdown table of cells; the columns behind the first `text_columns` hold numbers, and go to the right."""
+    right = len(header) if text_columns is None else text_columns
+    kinds = ["---" if index < right else "---:" for index in range(len(header))]
+    lines = [header, kinds, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """A Markdown table, numbers right-aligned."""
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(HEADER) - 1))}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in rows)]) + "\n"
+    return table(HEADER, [cells(row) for row in rows], text_columns=1) + "\n"
 
 
 def write_report(directory: Path, title: str, text: str, rows: Sequence[Row]) -> list[Path]:

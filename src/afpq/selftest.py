@@ -26,7 +26,7 @@ from afpq.packing import from_tensors, layout
 from afpq.plan import Plan, Target
 from afpq.source import Checkpoint
 
-MEMORY_SHARE = 4  # the model is loaded where it takes at most one part in so many of the free memory
+MEMORY_SHARE = 4  # the model is loaded where it takes at most a quarter of the free memory
 WINDOW = 16  # tokens
 LAYER_TOLERANCE, LOGITS_TOLERANCE = 1e-3, 1e-2  # relative; float32 in another order differs by about 1e-6
 
@@ -55,11 +55,12 @@ def check_reloaded(written: Checkpoint, plan: Plan, skeleton: nn.Module, trust_r
     `skeleton` is the architecture the plan was made with. Raises AfpqError naming the tensor that differs.
     """
     if loaded_bytes(plan) > available_memory() // MEMORY_SHARE:
-        return f"The model was not loaded whole: that takes more than a {_share()} of the memory that was free."
+        return "The model was not loaded whole: that takes more than a quarter of the memory that was free."
     with _exact_arithmetic(), quiet_transformers():
         model = load_model(written.directory, trust_remote_code, "cpu")
-        if type(model).__name__ != type(skeleton).__name__:  # other names for its tensors
-            return f"It loads, as {type(model).__name__}, and was not compared: its files are of {_kind(skeleton)}."
+        loaded, planned = type(model).__name__, type(skeleton).__name__
+        if loaded != planned:  # other names for its tensors
+            return f"It loads, as {loaded}, and was not compared: its files are of {planned}."
         _check_state(model, written, plan)
         return _check_outputs(model, written, plan)
 
@@ -140,14 +141,6 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _parts(target: Target) -> list[str]:
     return list(layout(target.scheme, *target.shape))
-
-
-def _kind(skeleton: nn.Module) -> str:
-    return type(skeleton).__name__
-
-
-def _share() -> str:
-    return {4: "quarter"}.get(MEMORY_SHARE, f"{MEMORY_SHARE}th part")
 
 
 @contextmanager

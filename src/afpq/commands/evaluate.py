@@ -89,9 +89,9 @@ def _measure_text(
     """Measure on a text, print the figures, and return them for `--json`."""
     from afpq.data import tokenize, windows
     from afpq.evaluate import evaluate, logits_of
-    from afpq.loading import context_length
+    from afpq.loading import window_length
 
-    length = min(seq_len, context_length(model) or seq_len)
+    length = window_length(model, seq_len)
     token_windows = windows(tokenize(tokenizer, text), length, max_tokens)
     other = None if reference is None else logits_of(reference, token_windows)
     with progress_bar("windows") as advance:

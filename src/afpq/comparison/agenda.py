@@ -14,7 +14,7 @@ from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, Fingerprint
 from afpq.comparison.peers import Peer, installed_peers
 from afpq.data import tokenize, windows
 from afpq.errors import AfpqError
-from afpq.loading import context_length, load_tokenizer
+from afpq.loading import load_tokenizer, window_length
 from afpq.plan import make_plan
 from afpq.scheme import METHODS, Recipe, parse_scheme
 from afpq.version import __version__
@@ -112,7 +112,7 @@ def _windows(question: Question, job: Job) -> Tensor:
     """The text as windows; raises AfpqError where it is shorter than one, whose figures would mislead."""
     tokenizer = load_tokenizer(job.plan.checkpoint.directory, question.trust_remote_code)
     tokens = tokenize(tokenizer, question.text)[: question.max_tokens]
-    length = min(question.seq_len, context_length(job.model) or question.seq_len)
+    length = window_length(job.model, question.seq_len)
     result = windows(tokens, length, question.max_tokens)
     if result.shape[1] < length:
         raise AfpqError(

@@ -7,7 +7,6 @@ same comparison reads it instead of measuring again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from afpq.checkpoint import write_json
+from afpq.checkpoint import digest_value, write_json
 from afpq.errors import AfpqError
 from afpq.evaluate import Evaluation
 from afpq.scheme import METHODS, Scheme, parse_scheme
@@ -45,7 +44,7 @@ class Cell:
     def file_name(self) -> str:
         """A name that any file system takes; a digest tells apart what is cut off or replaced."""
         plain = re.sub(r"[^A-Za-z0-9.+-]", "_", str(self))[:80]
-        return plain if plain == str(self).replace(" ", "_") else f"{plain}-{digest(str(self))[:8]}"
+        return plain if plain == str(self).replace(" ", "_") else f"{plain}-{digest_value(str(self))[:8]}"
 
     def __str__(self) -> str:
         return f"{self.scheme} {self.method}" if self.method else self.scheme
@@ -115,11 +114,6 @@ class Result:
             "codes": tuple(value["codes"]),
         }
         return cls(**{**value, **changed})
-
-
-def digest(value: object) -> str:
-    """Of anything JSON can say."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save(directory: Path, result: Result, fingerprint: Fingerprint) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from afpq.api import LOG_NAME, Job, execute
 from afpq.blocks import find_linears
+from afpq.checkpoint import digest_value
 from afpq.comparison.agenda import Agenda, Question, Task
-from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, digest, load, save
+from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, load, save
 from afpq.comparison.distributions import (
     SAMPLED_LAYERS,
     SAMPLED_ROWS,
@@ -89,7 +90,7 @@ class Comparison:
 
     def _place(self, task: Task) -> Path:
         """Where a quantized model is made; another setting has another place, so none goes on from the wrong one."""
-        return self.models / f"{task.cell.file_name}-{digest(task.fingerprint)[:8]}"
+        return self.models / f"{task.cell.file_name}-{digest_value(task.fingerprint)[:8]}"
 
     def _finished(self, task: Task, note: Note) -> Result | None:
         """The result of an earlier run, where it is of the same model, text and setting."""

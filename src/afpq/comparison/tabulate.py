@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from afpq.comparison.cells import Result
 from afpq.comparison.findings import bits_text, kl_difference, pairs, pareto_front, rise, verdict
+from afpq.report import table
 
 HEADER = (
     "scheme", "method", "true bits", "KL x 1000", "perplexity", "rise over float", "top\u20111\u00a0%", "size\u00a0MB",
@@ -108,13 +109,8 @@ def markdown(title: str, said: Sequence[str], about: About, results: Sequence[Re
     lines = [f"# {title}", "", about.head(original), "", *(f"- {sentence}" for sentence in said), ""]
     rows = [row(result, original) for result in in_order(results)]
     starred = [(f"**{r[0]}**" if f"{r[0]} {r[1]}" in front else r[0], *r[1:]) for r in rows]
-    lines += [*_table(HEADER, starred, TEXT_COLUMNS), "", "Bold: on the Pareto front of KL against true bits.", ""]
+    lines += [table(HEADER, starred, TEXT_COLUMNS), "", "Bold: on the Pareto front of KL against true bits.", ""]
     compared = pair_rows(results)
     if compared:
-        lines += ["## Two scales at equal bits", "", *_table(PAIR_HEADER, compared, len(PAIR_HEADER)), ""]
+        lines += ["## Two scales at equal bits", "", table(PAIR_HEADER, compared), ""]
     return "\n".join([*lines, "## How it was measured", "", *(f"- {line}" for line in about.lines())]) + "\n"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
-    kinds = [" --- " if index < text_columns else " ---: " for index in range(len(header))]
-    return [f"| {' | '.join(header)} |", f"|{'|'.join(kinds)}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
