@@ -53,7 +53,7 @@ def test_units_are_the_outside_and_then_the_blocks(tiny_model_dir: Path) -> None
     assert [unit.name for unit in plan.units] == [OUTSIDE, "model.layers.0", "model.layers.1"]
     assert set(plan.units[0].tensors) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     assert all(name.startswith("model.layers.1.") for name in plan.units[2].tensors)
-    assert plan.units[0].targets == {}
+    assert plan.units[0].targets == []
 
 
 def test_blocks_come_in_the_order_of_their_numbers(make_model: ModelMaker, tmp_path: Path) -> None:

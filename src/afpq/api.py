@@ -42,12 +42,16 @@ Progress = Callable[[str, int, int], None]  # (unit just finished, weights done,
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """`samples` random windows of `seq_len` tokens (cut to the model's context), drawn with `seed`."""
+    """`samples` random windows of `seq_len` tokens (cut to the model's context), drawn with `seed`.
+
+    `all_experts`: every expert of a mixture learns from all tokens, not only from those routed to it.
+    """
 
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
     device: str = "auto"
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 2:
@@ -214,7 +218,7 @@ def _write_weights(job: Job, work: WorkDirectory, progress: Progress | None) -> 
 def _results(job: Job, scratch: Path, finished: frozenset[str]) -> Iterator[UnitResult]:
     if job.windows is None:
         return run(job.plan, finished)
-    calibration = Calibration(job.windows, scratch, job.settings.torch_device())
+    calibration = Calibration(job.windows, scratch, job.settings.torch_device(), job.settings.all_experts)
     return run_calibrated(job.plan, job.model, calibration, finished)
 
 

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class TransposedLinear(nn.Linear):
+    """A linear whose weight is [in, out] in files, as GPT-2's: what takes a Conv1D's place."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 def _walk(module: nn.Module, prefix: str, blocks: list[Block]) -> None:
     for name, child in module.named_children():
         place = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in child.modules()):
+        if isinstance(child, nn.ModuleList) and any(isinstance(m, (nn.Linear, Conv1D)) for m in child.modules()):
             blocks += [Block(f"{place}.{index}", member) for index, member in enumerate(child)]
         else:
             _walk(child, f"{place}.", blocks)
@@ -52,3 +57,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where the module called `name` is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def conv1d_linears(model: nn.Module) -> list[tuple[str, Conv1D]]:
+    """(full name, module) of every Conv1D: a linear with its weight transposed."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Conv1D)]

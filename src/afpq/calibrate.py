@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,17 @@ class Moments:
     H: Tensor
     D: Tensor | None
     tokens: int
+
+
+class Inputs(Protocol):
+    """What enters a block: a batch of it is tensor[rows]."""
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+        """(rows, tensor[rows] on the device), batch after batch."""
+        ...
 
 
 class Activations:
@@ -201,7 +212,7 @@ def find_stages(block: nn.Module, names: list[str], call: BlockCall, hidden: Ten
     return [Stage(tuple(dict.fromkeys(readers))) for _, readers in seen]
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once the tensor it was run for is there."""
 
 
@@ -212,12 +223,12 @@ def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> 
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         found.append(args[0])
-        raise _Stop
+        raise Stop
 
     handle = block.get_submodule(linear).register_forward_pre_hook(hook)
     try:
         call(block, hidden)
-    except _Stop:
+    except Stop:
         pass
     finally:
         handle.remove()
@@ -225,8 +236,8 @@ def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> 
 
 
 def collect(
-    stage: Stage, call: BlockCall, block: nn.Module, inputs: Activations, float_block: nn.Module | None,
-    float_inputs: Activations | None, device: torch.device,
+    stage: Stage, call: BlockCall, block: nn.Module, inputs: Inputs, float_block: nn.Module | None,
+    float_inputs: Inputs | None, device: torch.device,
 ) -> Moments:  # fmt: skip
     """The moments of a stage's input over all windows; D needs the float model's block and inputs."""
     moments: Moments | None = None
@@ -245,7 +256,7 @@ def collect(
 
 
 @torch.no_grad()
-def advance(block: nn.Module, call: BlockCall, inputs: Activations, outputs: Activations, device: torch.device) -> None:
+def advance(block: nn.Module, call: BlockCall, inputs: Inputs, outputs: Activations, device: torch.device) -> None:
     """Outputs of the block for all windows. Raises AfpqError if they are not finite."""
     for rows, hidden in inputs.batches(device):
         result = call(block, hidden)

@@ -9,9 +9,7 @@ its successor's are complete and the block is recorded as finished, so that a ru
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, search_clips, toward_float_outputs
 from afpq.blocks import Block, find_blocks
 from afpq.calibrate import (
     Activations,
     BlockCall,
+    Inputs,
     Moments,
     Stage,
     advance,
@@ -33,22 +31,29 @@ from afpq.calibrate import (
     materialize,
     move,
 )
-from afpq.errors import AfpqError
-from afpq.groups import QuantizedWeight, encode, with_grid
+from afpq.experts import AfpqExperts
+from afpq.groups import QuantizedWeight
 from afpq.packing import to_tensors
-from afpq.pipeline import LayerLog, UnitResult, relative_error, unit_tensors
+from afpq.pipeline import LayerLog, UnitResult, unit_tensors
 from afpq.plan import OUTSIDE, Plan, Target, Unit
-from afpq.scheme import METHODS, Recipe
+from afpq.routing import route, routed_batch
+from afpq.scheme import METHODS
+from afpq.solve import named, solve_layer
+from afpq.source import Stored
 from afpq.transforms import awq_scale
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The windows of tokens [count, length], where scratch files go, and the device that computes."""
+    """The windows of tokens [count, length], where scratch files go, and the device that computes.
+
+    `all_experts`: every expert learns from all tokens, not only from those routed to it.
+    """
 
     windows: Tensor
     scratch: Path
     device: torch.device
+    all_experts: bool = False
 
 
 def run_calibrated(
@@ -68,10 +73,14 @@ def run_calibrated(
         runner.forget(index)
 
 
+ALONE = BlockCall((), {}, False)  # how an expert is called
+
+
 class _Runner:
     def __init__(self, plan: Plan, model: PreTrainedModel, calibration: Calibration) -> None:
         self.plan, self.recipe, self.model = plan, plan.recipe, model
         self.windows, self.scratch, self.device = calibration.windows, calibration.scratch, calibration.device
+        self.all_experts = calibration.all_experts
         self.blocks = find_blocks(model)
         self.calls: list[BlockCall] = []
         self.width = 0
@@ -112,7 +121,7 @@ class _Runner:
             if id(parameter) in inside or (unused and not tied) or name not in self.plan.names:
                 continue
             parent, _, leaf = name.rpartition(".")
-            value = self.plan.checkpoint.read(self.plan.names[name]).float()
+            value = self.plan.checkpoint.read_stored(self.plan.names[name]).float()
             setattr(self.model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
 
     def forget(self, index: int) -> None:
@@ -126,10 +135,10 @@ class _Runner:
     def run_block(self, index: int, unit: Unit) -> tuple[dict[str, Tensor], list[LayerLog]]:
         """Quantize a block and move the hidden states behind it; returns the unit's output tensors."""
         block, call = self.blocks[index], self.calls[index]
-        with _named(block.name):
+        with named(block.name):
             call = replace(call, args=move(call.args, self.device), kwargs=move(call.kwargs, self.device))
             tensors = {name: self.plan.checkpoint.read(name) for name in unit.tensors}
-            local = {name: tensors[t] for name, t in self._names_inside(block).items()}
+            local = {name: stored.of(tensors[stored.tensor]) for name, stored in self._names_inside(block).items()}
             float_block = materialize(block.module, local, self.device)
             inputs, targets = self.states("quantized", index), self._targets_inside(block, unit)
             note = None
@@ -142,7 +151,7 @@ class _Runner:
                 beside=float_block if self.beside else None,
                 beside_inputs=self.states("float", index) if self.beside else None,
             )
-            solved = self._solve_stages(state, targets)
+            solved = self._solve_block(state, targets, index)
             advance(state.quantized, call, state.inputs, self.states("quantized", index + 1, True), self.device)
             if state.beside is not None and state.beside_inputs is not None:
                 advance(state.beside, call, state.beside_inputs, self.states("float", index + 1, True), self.device)
@@ -153,12 +162,17 @@ class _Runner:
 
     def _kept(self, block: Block, real: nn.Module, tensors: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
         """The unit's tensors that are not quantized; a transform may have changed the block's parameters."""
-        kept = {name: tensor for name, tensor in tensors.items() if name not in unit.targets}
-        if METHODS[self.recipe.method].transform is not None:
-            parameters = dict(real.named_parameters())
-            for name, tensor in self._names_inside(block).items():
-                if tensor in kept and name in parameters:
-                    kept[tensor] = parameters[name].to(kept[tensor].dtype).cpu()
+        parameters = dict(real.named_parameters()) if METHODS[self.recipe.method].transform is not None else {}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in unit.replaced}
+        for name, stored in self._names_inside(block).items():
+            if stored.whole and stored.tensor in kept and name in parameters:
+                value = parameters[name].T if stored.transposed else parameters[name]
+                kept[stored.tensor] = value.to(kept[stored.tensor].dtype).cpu().contiguous()
+        for piece in unit.pieces:
+            value = parameters.get(
+                piece.name.removeprefix(f"{block.name}."), piece.stored.of(tensors[piece.stored.tensor])
+            )
+            kept[piece.output] = value.to(piece.spec[0]).cpu().contiguous()
         return kept
 
     def _scale(
@@ -167,26 +181,75 @@ class _Runner:
     ) -> str:  # fmt: skip
         """AWQ's channel scales, in place; what to note of them."""
         schemes = {name: t.scheme for name, t in targets.items()}
-        ratios = awq_scale(block, call, inputs.sample(self.device), schemes, stored)
+        sample = inputs.sample(self.device)
+        ratios = awq_scale(block, call, sample, schemes, stored)
+        for place, experts in block.named_modules():
+            if isinstance(experts, AfpqExperts):
+                routed = routed_batch(block, place, call, sample)
+                for number, expert in experts.named_children():
+                    tokens = routed.tokens_of(None if self.all_experts else int(number))
+                    inside = {n.removeprefix(f"{place}.{number}."): s for n, s in schemes.items()}
+                    if len(tokens.rows):
+                        found = awq_scale(expert, ALONE, tokens.sample(self.device), inside, {})
+                        ratios |= {f"{place}.{number}: {fold}": ratio for fold, ratio in found.items()}
         if not ratios:
             return f"no fold points are known for {type(block).__name__}: not scaled"
         return "; ".join(f"{fold}: error x {ratio:.3f}" for fold, ratio in ratios.items())
 
     def _targets_inside(self, block: Block, unit: Unit) -> dict[str, Target]:
         """The unit's targets by their linears' names inside the block."""
-        return {t.module.removeprefix(f"{block.name}."): t for t in unit.targets.values()}
+        return {t.module.removeprefix(f"{block.name}."): t for t in unit.targets}
 
-    def _names_inside(self, block: Block) -> dict[str, str]:
-        """Parameter's name inside the block -> its tensor in the checkpoint."""
+    def _names_inside(self, block: Block) -> dict[str, Stored]:
+        """Parameter's name inside the block -> where it is in the checkpoint."""
         prefix = f"{block.name}."
         return {n.removeprefix(prefix): t for n, t in self.plan.names.items() if n.startswith(prefix)}
+
+    def _solve_block(
+        self, state: _BlockState, targets: dict[str, Target], index: int
+    ) -> dict[str, tuple[QuantizedWeight, LayerLog]]:
+        """Every linear of the block; experts come last, since nothing in a block reads what they give but its end."""
+        experts = {n: m for n, m in state.quantized.named_modules() if isinstance(m, AfpqExperts)}
+        inside = {name: next((e for e in experts if name.startswith(f"{e}.")), None) for name in targets}
+        solved = self._solve_stages(state, {n: t for n, t in targets.items() if inside[n] is None})
+        for place in experts:
+            members = {n.removeprefix(f"{place}."): t for n, t in targets.items() if inside[n] == place}
+            if members:
+                found = self._solve_experts(state, place, members, index)
+                solved |= {f"{place}.{name}": weight for name, weight in found.items()}
+        return solved
+
+    def _solve_experts(
+        self, state: _BlockState, place: str, targets: dict[str, Target], index: int
+    ) -> dict[str, tuple[QuantizedWeight, LayerLog]]:
+        """Each expert is a small block of its own, whose inputs are the tokens routed to it."""
+        files = [self.scratch / f"experts-{kind}-{index}.bin" for kind in self.kinds()]
+        routed = route(state.quantized, place, state.call, state.inputs, files[0], self.device)
+        beside = None
+        if state.beside is not None and state.beside_inputs is not None:
+            beside = route(state.beside, place, state.call, state.beside_inputs, files[1], self.device)
+        solved: dict[str, tuple[QuantizedWeight, LayerLog]] = {}
+        for number, expert in state.quantized.get_submodule(place).named_children():
+            tokens = routed.tokens_of(None if self.all_experts else int(number))
+            inner = _BlockState(
+                call=ALONE,
+                quantized=expert,
+                inputs=tokens,
+                beside=None if state.beside is None else state.beside.get_submodule(f"{place}.{number}"),
+                beside_inputs=None if beside is None else replace(tokens, tensor=beside.hidden),
+            )
+            members = {n.removeprefix(f"{number}."): t for n, t in targets.items() if n.startswith(f"{number}.")}
+            solved |= {f"{number}.{name}": found for name, found in self._solve_stages(inner, members).items()}
+        for file in files:
+            file.unlink(missing_ok=True)
+        return solved
 
     def _solve_stages(
         self, state: _BlockState, targets: dict[str, Target]
     ) -> dict[str, tuple[QuantizedWeight, LayerLog]]:
-        """Every linear of the block; each is replaced in `state.quantized` by what its codes say."""
-        first = next(state.inputs.batches(self.device))[1]
-        stages = find_stages(state.quantized, list(targets), state.call, first)
+        """Linears fed by the same tensors together; each is replaced in `state.quantized` by what its codes say."""
+        first = next((hidden for _, hidden in state.inputs.batches(self.device)), None)
+        stages = [] if first is None else find_stages(state.quantized, list(targets), state.call, first)
         solved: dict[str, tuple[QuantizedWeight, LayerLog]] = {}
         if not self.recipe.gptq.sequential:
             found = [self._moments(stage, state) for stage in stages]
@@ -218,82 +281,6 @@ class _BlockState:
 
     call: BlockCall
     quantized: nn.Module
-    inputs: Activations
+    inputs: Inputs
     beside: nn.Module | None
-    beside_inputs: Activations | None
-
-
-def solve_layer(W: Tensor, moments: Moments | None, target: Target, recipe: Recipe) -> tuple[QuantizedWeight, LayerLog]:
-    """One weight by the recipe's solver; rounded to nearest, with a note, where its inputs teach nothing.
-
-    Raises AfpqError naming the tensor for NaN or Inf in the weight.
-    """
-    start = time.perf_counter()
-    note = None if moments is not None else "not used on the calibration text; rounded to nearest"
-    damp = before = after = None
-    with _named(target.tensor):
-        importance = None if moments is None else _importance(moments)
-        nearest = quantize_rtn(W, target.scheme, recipe.search, importance)
-        solved = nearest
-        if moments is not None:
-            try:
-                solved, damp, before, after = _solve_on_moments(W, moments, target, recipe, nearest)
-            except SingularHessian as error:
-                note = f"{error}; rounded to nearest"
-    log = LayerLog(
-        module=target.module,
-        scheme=str(target.scheme),
-        method=recipe.method if note is None else "rtn",
-        weight_error=relative_error(W, solved),
-        bits_per_weight=8 * target.bytes / target.elements,
-        seconds=round(time.perf_counter() - start, 4),
-        output_error_before=before,
-        output_error=after,
-        damp=damp,
-        tokens=None if moments is None else moments.tokens,
-        note=note,
-    )
-    return solved, log
-
-
-def _importance(moments: Moments) -> Tensor | None:
-    """The inputs' second moments as weights of the columns; None where they are zero or not finite."""
-    diagonal = moments.H.diagonal()
-    return diagonal if bool(torch.isfinite(diagonal).all()) and bool(diagonal.max() > 0) else None
-
-
-def _solve_on_moments(
-    W: Tensor, moments: Moments, target: Target, recipe: Recipe, nearest: QuantizedWeight
-) -> tuple[QuantizedWeight, float | None, float, float]:
-    """(weight, damping, relative output error of rounding to nearest, and of this), against the outputs aimed at."""
-    H, wanted, damp = moments.H, W, None
-    if not bool(torch.isfinite(H).all()):
-        raise SingularHessian("the layer's inputs are NaN or Inf")
-    if METHODS[recipe.method].solver == "gptq":
-        if moments.D is not None:
-            wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
-        solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
-    elif recipe.search == "mse":
-        scheme = with_grid(W, target.scheme)
-        scales = search_clips(W, H, scheme)
-        solved = QuantizedWeight(encode(W, scales, scheme), scales, scheme)
-    else:
-        solved = nearest
-    total = _loss(wanted, H)
-    errors = [_loss(weight.dequantize() - wanted, H) / total if total else 0.0 for weight in (nearest, solved)]
-    return solved, damp, errors[0], errors[1]
-
-
-def _loss(E: Tensor, H: Tensor) -> float:
-    return ((E @ H) * E).sum().item()
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors raised inside say which block or tensor they are about."""
-    try:
-        yield
-    except SingularHessian:
-        raise
-    except AfpqError as error:
-        raise AfpqError(f"{name}: {error}") from None
+    beside_inputs: Inputs | None

@@ -119,7 +119,9 @@ def _facts(card: Card) -> str:
 
 def _left(plan: Plan) -> str:
     """Linears by name, and the tensors outside of the blocks."""
-    outside = [name for unit in plan.units if unit.name == OUTSIDE for name in unit.tensors if name not in unit.targets]
+    outside = [
+        name for unit in plan.units if unit.name == OUTSIDE for name in unit.tensors if name not in unit.replaced
+    ]
     linears = [f"`{name}`" for name in plan.kept]
     others = [f"`{n.removesuffix('.weight')}`" for n in outside if n.removesuffix(".weight") not in plan.kept]
     return _some([*linears, *others]) + "; norms and biases"

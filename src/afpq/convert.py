@@ -6,11 +6,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from afpq.blocks import find_linears, replace_module
+from afpq.blocks import TransposedLinear, find_linears, replace_module
 from afpq.errors import AfpqError
 from afpq.linear import AfpqLinear
 from afpq.pipeline import solve
 from afpq.scheme import METHODS, Recipe
+from afpq.unfuse import unfuse
 
 
 @torch.no_grad()
@@ -21,13 +22,16 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     """
     if METHODS[recipe.method].calibrated:
         raise AfpqError(f"method {recipe.method!r} needs calibration text; use afpq.quantize, and load its result")
+    unfuse(model, lambda name: recipe.scheme_for(name) is not None)
     chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
     if all(scheme is None for _, _, scheme in chosen):
         raise AfpqError("no linear layer left to quantize; see skip")
     for name, linear, scheme in chosen:
         if scheme is not None:
             solved = solve(f"{name}.weight", linear.weight, scheme, recipe)
-            replace_module(model, name, AfpqLinear.from_weight(solved, linear.bias))
+            layer = AfpqLinear.from_weight(solved, linear.bias)
+            layer.conv1d = isinstance(linear, TransposedLinear)
+            replace_module(model, name, layer)
     return model
 
 

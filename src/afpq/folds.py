@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.errors import AfpqError
+from afpq.experts import Expert
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ NORM_MLP = Fold("post_attention_layernorm", GATE_UP, "mlp")
 UP_DOWN = Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")
 
 # Also mixtures of experts: their norm feeds the router and all experts, which no fold here lists; where the MLP is
-# not a plain one, its two folds fall away because their linears do not exist.
+# not a plain one, its two folds fall away because their linears do not exist. Inside of an expert there is one fold.
 LLAMA = (NORM_QKV, V_O, NORM_MLP, UP_DOWN)
 
 # Gemma's norms multiply by 1 + weight. From Gemma 2 on, norms named post_* feed the residual stream alone: no folds.
@@ -121,7 +122,13 @@ FALCON = (
     Fold("post_attention_layernorm", (UP,), "mlp"),
 )
 
-# Class of a block in Transformers -> folds that may apply. GPT-2 is missing: its Conv1D is not a linear here.
+GPT2 = (
+    Fold("ln_1", ("attn.c_attn",), "attn"),
+    Fold("attn.c_attn", ("attn.c_proj",), "attn.c_proj", "qkv"),
+    Fold("ln_2", ("mlp.c_fc",), "mlp"),
+)
+
+# Class of a block in Transformers -> folds that may apply.
 FAMILIES: dict[str, tuple[Fold, ...]] = {
     "LlamaDecoderLayer": LLAMA,
     "MistralDecoderLayer": LLAMA,
@@ -146,14 +153,18 @@ FAMILIES: dict[str, tuple[Fold, ...]] = {
     "GPTNeoXLayer": GPT_NEOX,
     "BloomBlock": BLOOM,
     "FalconDecoderLayer": FALCON,
+    "GPT2Block": GPT2,
 }
 
 
 def folds_of(block: nn.Module) -> tuple[Fold, ...]:
-    """The folds of a block of Transformers, in the order their linears run; () where its family is not known.
+    """The folds of a block of Transformers, or of an expert, in the order their linears run; () where none is known.
 
     Code from elsewhere (`trust_remote_code`) is not known even if its class has a known name.
     """
+    if isinstance(block, Expert):
+        *_, up, down = block.form.names
+        return (Fold(up, (down,), down),) if block.form.linear_in_up else ()
     if not type(block).__module__.startswith("transformers.models."):
         return ()
     return tuple(fold for fold in FAMILIES.get(type(block).__name__, ()) if _fits(block, fold))

@@ -12,9 +12,10 @@ from torch import nn
 from afpq.blocks import find_blocks
 from afpq.config import QUANT_METHOD, config_from_json, is_kept
 from afpq.errors import AfpqError
+from afpq.names import Located
 from afpq.packing import layout
 from afpq.skeleton import build_skeleton
-from afpq.source import Checkpoint, open_checkpoint, require_tensor
+from afpq.source import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _quantized_layers(
     recipe, kept = config_from_json(keys)
     model = build_skeleton(checkpoint.directory, trust_remote_code)
     names = {name for block in find_blocks(model) for name, _ in block.linears()}
-    base = model.base_model_prefix
+    located = Located(checkpoint.tensors, model)
     layers: list[LayerInfo] = []
     parts: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -91,7 +92,7 @@ def _quantized_layers(
         shape = (module.out_features, module.in_features)
         sizes: dict[str, int] = {}
         for part, (dtype, part_shape) in layout(scheme, *shape).items():
-            key = require_tensor(checkpoint.tensors, f"{name}.{part}", base, dtype, part_shape)
+            key = located.require(f"{name}.{part}", dtype, part_shape)
             sizes[key] = checkpoint.tensors[key].bytes
         layers.append(LayerInfo(name, str(scheme), shape, 8 * sum(sizes.values()) / (shape[0] * shape[1])))
         parts |= sizes

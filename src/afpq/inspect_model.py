@@ -175,7 +175,7 @@ def inspect_model(
     skeleton = build_skeleton(checkpoint.directory, trust_remote_code)
     plan = make_plan(checkpoint, skeleton, Recipe(settings.schemes[0], scale_search=settings.scale_search))
     targets = _drawn(plan.targets, settings)
-    blocks = {target.module: unit.name for unit in plan.units for target in unit.targets.values()}
+    blocks = {target.module: unit.name for unit in plan.units for target in unit.targets}
     layers = []
     with _one_thread():
         for index, target in enumerate(targets):
@@ -221,7 +221,7 @@ def _true_bits(targets: Sequence[Target], scheme: Scheme) -> float:
 def _look_at(checkpoint: Checkpoint, target: Target, kind: str, settings: InspectSettings, seed: int) -> LayerFigures:
     count = settings.rows or -(-SAMPLE // target.shape[1])
     rows = _sample(target.shape[0], min(count, target.shape[0]), seed)
-    weight = checkpoint.read_rows(target.tensor, rows).float()
+    weight = checkpoint.read_rows(target.stored, rows).float()
     try:
         asymmetry, one_sided = lopsidedness(weight, settings.schemes[0])
         errors = {}

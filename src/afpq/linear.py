@@ -26,6 +26,7 @@ class AfpqLinear(nn.Module):
 
     qweight: Tensor
     bias: nn.Parameter | None
+    conv1d = False  # whether it took the place of a Conv1D, whose weight is [in, out]
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from afpq.algorithms import quantize_rtn
 from afpq.errors import AfpqError
 from afpq.groups import QuantizedWeight
 from afpq.packing import to_tensors
-from afpq.plan import Plan, Target, Unit
+from afpq.plan import Piece, Plan, Target, Unit
 from afpq.scheme import Recipe, Scheme
 
 
@@ -71,14 +71,16 @@ def run(plan: Plan, finished: Container[str] = ()) -> Iterator[UnitResult]:
 
 def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
     for name in unit.tensors:
-        target = unit.targets.get(name)
-        if target is None:
+        if name not in unit.replaced:
             yield name, plan.checkpoint.read(name)
-            continue
-        packed, log = _solve_target(plan.checkpoint.read(name), target, plan.recipe)
-        logs.append(log)
-        yield from ((target.prefix + part, value) for part, value in packed.items())
-        del packed
+        for part in unit.replaced.get(name, ()):
+            if isinstance(part, Piece):
+                yield part.output, plan.checkpoint.read_stored(part.stored)
+                continue
+            packed, log = _solve_target(plan.checkpoint.read_stored(part.stored), part, plan.recipe)
+            logs.append(log)
+            yield from ((part.prefix + leaf, value) for leaf, value in packed.items())
+            del packed
 
 
 def _solve_target(weight: Tensor, target: Target, recipe: Recipe) -> tuple[dict[str, Tensor], LayerLog]:

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from afpq.blocks import find_blocks, find_linears
+from afpq.blocks import TransposedLinear, find_blocks, find_linears
 from afpq.errors import AfpqError
+from afpq.experts import BIAS, AfpqExperts, all_or_none
+from afpq.names import Located
 from afpq.packing import Spec, layout, spec_bytes
 from afpq.scheme import Recipe, Scheme
-from afpq.source import Checkpoint, find_tensor
+from afpq.source import Checkpoint, Stored
 
 OUTSIDE = "outside the blocks"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,16 +27,22 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Target:
-    """A linear to quantize: the module's name, its weight's tensor in the checkpoint, its scheme and shape."""
+    """A linear to quantize: the module's name, where its weight is stored, its scheme and shape.
+
+    `prefix` begins the names of its output tensors. `expert`: whether only some tokens reach it.
+    """
 
     module: str
-    tensor: str
+    stored: Stored
     scheme: Scheme
     shape: tuple[int, int]
+    prefix: str
+    expert: bool = False
 
     @property
-    def prefix(self) -> str:
-        return self.tensor.removesuffix("weight")
+    def tensor(self) -> str:
+        """The weight's name in the output's terms; also the checkpoint's, unless that holds all experts in one."""
+        return f"{self.prefix}weight"
 
     @property
     def elements(self) -> int:
@@ -46,12 +55,33 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a tensor that is kept under a name of its own, such as an expert's bias; `name` is the model's."""
+
+    name: str
+    stored: Stored
+    output: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
 class Unit:
-    """Tensors handled together: a block, or what stands outside of all blocks."""
+    """Tensors handled together: a block, or what stands outside of all blocks.
+
+    `replaced` tells what takes the place of a tensor of the checkpoint; tensors not in it are kept as they are.
+    """
 
     name: str
     tensors: tuple[str, ...]
-    targets: dict[str, Target]  # by tensor
+    replaced: dict[str, tuple[Target | Piece, ...]]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [part for parts in self.replaced.values() for part in parts if isinstance(part, Target)]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [part for parts in self.replaced.values() for part in parts if isinstance(part, Piece)]
 
 
 @dataclass(frozen=True)
@@ -62,11 +92,11 @@ class Plan:
     recipe: Recipe
     units: tuple[Unit, ...]
     kept: tuple[str, ...]  # names of the linears left as they are
-    names: dict[str, str]  # name of a tensor in the model -> in the checkpoint
+    names: dict[str, Stored]  # name of a tensor in the model -> where it is in the checkpoint
 
     @property
     def targets(self) -> list[Target]:
-        return [target for unit in self.units for target in unit.targets.values()]
+        return [target for unit in self.units for target in unit.targets]
 
     def outputs(self) -> dict[str, Spec]:
         """Name -> (dtype, shape) of every tensor of the output, in order."""
@@ -76,13 +106,15 @@ class Plan:
         """The same of one unit."""
         tensors: dict[str, Spec] = {}
         for name in unit.tensors:
-            target = unit.targets.get(name)
-            if target is None:
+            if name not in unit.replaced:
                 info = self.checkpoint.tensors[name]
                 tensors[name] = (info.dtype, info.shape)
-            else:
-                parts = layout(target.scheme, *target.shape)
-                tensors |= {target.prefix + part: spec for part, spec in parts.items()}
+            for part in unit.replaced.get(name, ()):
+                if isinstance(part, Piece):
+                    tensors[part.output] = part.spec
+                else:
+                    specs = layout(part.scheme, *part.shape)
+                    tensors |= {part.prefix + leaf: spec for leaf, spec in specs.items()}
         return tensors
 
     @property
@@ -112,7 +144,7 @@ class Plan:
         return sum(t.elements for t in self.targets) / weights if weights else 0.0
 
 
-def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
+def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) -> Plan:
     """`model` is the checkpoint's architecture, on the meta device.
 
     Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or
@@ -128,51 +160,85 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
         raise AfpqError(
             f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
         )
-    targets: dict[str, Target] = {}
+    left = _left_experts(model, recipe)
+    targets: list[Target] = []
     kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module, linear in linears:
-        scheme, tensor = recipe.scheme_for(module), names.get(f"{module}.weight")
-        if scheme is not None and tensor is not None:
-            targets[tensor] = _target(checkpoint, module, linear, tensor, scheme)
+        scheme, stored = recipe.scheme_for(module), names.get(f"{module}.weight")
+        if scheme is not None and stored is not None:
+            targets.append(_target(checkpoint, module, linear, stored, scheme))
             kept.discard(module)
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
+    kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
     return Plan(checkpoint, recipe, _units(checkpoint, model, names, targets), tuple(sorted(kept)), names)
 
 
-def _target(checkpoint: Checkpoint, module: str, linear: nn.Linear, tensor: str, scheme: Scheme) -> Target:
-    info, expected = checkpoint.tensors[tensor], (linear.out_features, linear.in_features)
-    if info.shape != expected:
-        raise AfpqError(f"{info.file}: tensor {tensor} has shape {info.shape}; the config says {expected}")
+def _left_experts(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Modules of experts that are not quantized: they are named in one, since they will be loaded in one."""
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, AfpqExperts)}
+    chosen = {name: [recipe.scheme_for(f"{name}.{leaf}") for leaf, _ in e.linears()] for name, e in experts.items()}
+    return [name for name, schemes in chosen.items() if not all_or_none(name, [s is not None for s in schemes])]
+
+
+def _target(checkpoint: Checkpoint, module: str, linear: nn.Linear, stored: Stored, scheme: Scheme) -> Target:
+    info, expected = checkpoint.tensors[stored.tensor], (linear.out_features, linear.in_features)
+    try:
+        shape = tuple(stored.of(torch.empty(info.shape, device="meta")).shape)
+    except IndexError:
+        shape = info.shape
+    if shape != expected:
+        raise AfpqError(f"{info.file}: tensor {stored.tensor} has shape {info.shape}; the config says {expected}")
     if info.dtype not in FLOATS:
-        raise AfpqError(f"{info.file}: tensor {tensor} is {info.dtype}; expected float32, bfloat16 or float16")
-    return Target(module, tensor, scheme, expected)
+        raise AfpqError(f"{info.file}: tensor {stored.tensor} is {info.dtype}; expected float32, bfloat16 or float16")
+    return Target(module, stored, scheme, expected, _prefix(module, stored), stored.expert is not None)
 
 
-def _tensor_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint; they may differ by the base model's prefix.
+def _prefix(module: str, stored: Stored) -> str:
+    """What a module's tensors are called in the output: as in the checkpoint, but experts get names of their own."""
+    parent = stored.tensor.rpartition(".")[0]
+    return f"{parent}." if stored.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
+
+
+def _tensor_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Stored]:
+    """Name in the model -> where it is in the checkpoint.
 
     A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors the model does not know:
     then Transformers converts between the two while loading, and such weights are left as they are.
     """
-    base = getattr(model, "base_model_prefix", "")
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wanted = [name for name in model.state_dict() if name not in tied]
-
-    located = {name: find_tensor(checkpoint.tensors, name, base) for name in wanted}
-    found = {name: tensor for name, tensor in located.items() if tensor is not None}
+    located = Located(checkpoint.tensors, model, wanted)
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TransposedLinear)}
+    found = {
+        name: Stored(tensor, transposed=name in turned) for name in wanted if (tensor := located.find(name)) is not None
+    }
+    for place, module in model.named_modules():
+        if isinstance(module, AfpqExperts):
+            found = _fused_names(place, module, located) | found
     absent = set(wanted) - set(found)
     missing = [name for name, _ in model.named_parameters() if name in absent]
-    if missing and len(found) == len(checkpoint.tensors):
+    if missing and len({stored.tensor for stored in found.values()}) == len(checkpoint.tensors):
         raise AfpqError(f"{checkpoint.directory}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
     return found
 
 
+def _fused_names(place: str, experts: AfpqExperts, located: Located) -> dict[str, Stored]:
+    """Where the weights and biases of experts are, if the checkpoint holds all of a layer in one tensor."""
+    form, found = experts.form, {}
+    for name, leaf in experts.linears():
+        for kind, suffix in (("weight", ""), ("bias", BIAS)):
+            fused = located.find(f"{place}.{form.parameter(leaf)}{suffix}")
+            if fused is not None:
+                found[f"{place}.{name}.{kind}"] = form.stored(leaf, fused, int(name.partition(".")[0]))
+    return found
+
+
 def _units(
-    checkpoint: Checkpoint, model: nn.Module, names: dict[str, str], targets: dict[str, Target]
+    checkpoint: Checkpoint, model: nn.Module, names: dict[str, Stored], targets: list[Target]
 ) -> tuple[Unit, ...]:
     """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix."""
-    module_names = {tensor: name for name, tensor in names.items()}
+    module_names = {stored.tensor: name for name, stored in names.items()}
     blocks = [block.name for block in find_blocks(model)]
     members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
     known = set(blocks)
@@ -180,8 +246,30 @@ def _units(
         path = module_names.get(tensor, tensor).split(".")
         parents = (".".join(path[:length]) for length in range(1, len(path)))
         members[next((parent for parent in parents if parent in known), OUTSIDE)].append(tensor)
+    replaced = _replaced(checkpoint, names, targets)
     return tuple(
-        Unit(name, tuple(tensors), {t: targets[t] for t in tensors if t in targets})
+        Unit(name, tuple(tensors), {t: replaced[t] for t in tensors if t in replaced})
         for name, tensors in members.items()
         if tensors
     )
+
+
+def _replaced(
+    checkpoint: Checkpoint, names: dict[str, Stored], targets: list[Target]
+) -> dict[str, tuple[Target | Piece, ...]]:
+    """What takes the place of each tensor that is not kept as it is."""
+    parts: dict[str, list[Target | Piece]] = {}
+    for target in targets:
+        parts.setdefault(target.stored.tensor, []).append(target)
+        name = f"{target.module}.bias"
+        bias = names.get(name)
+        if bias is not None and not bias.whole:
+            info = checkpoint.tensors[bias.tensor]
+            piece = Piece(name, bias, f"{target.prefix}bias", (info.dtype, target.shape[:1]))
+            parts.setdefault(bias.tensor, []).append(piece)
+    for tensor, members in parts.items():
+        info = checkpoint.tensors[tensor]
+        covered = sum(m.elements if isinstance(m, Target) else m.spec[1][0] for m in members)
+        if covered != info.elements:
+            raise AfpqError(f"{info.file}: tensor {tensor} has shape {info.shape}; the config says {covered} elements")
+    return {tensor: tuple(members) for tensor, members in parts.items()}

@@ -24,7 +24,7 @@ from afpq.loading import load_model, quiet_transformers
 from afpq.memory import available_memory
 from afpq.packing import from_tensors, layout
 from afpq.plan import Plan, Target
-from afpq.source import Checkpoint
+from afpq.source import Checkpoint, Stored
 
 MEMORY_SHARE = 4  # the model is loaded where it takes at most a quarter of the free memory
 WINDOW = 16  # tokens
@@ -69,7 +69,7 @@ def loaded_bytes(plan: Plan) -> int:
     """Memory of the loaded result on a CPU: packed weights as they are, the rest in float32."""
     packed = sum(target.bytes for target in plan.targets)
     infos = plan.checkpoint.tensors
-    replaced = {target.tensor for target in plan.targets}
+    replaced = {tensor for unit in plan.units for tensor in unit.replaced}
     return packed + sum(max(4 * info.elements, info.bytes) for name, info in infos.items() if name not in replaced)
 
 
@@ -82,7 +82,9 @@ def _check_state(model: nn.Module, written: Checkpoint, plan: Plan) -> None:
             found = str(layer.scheme) if isinstance(layer, AfpqLinear) else "not quantized"
             raise AfpqError(f"self-test: {target.module} loads as {found}, made as {target.scheme}; this is a bug")
     arrived = {f"{t.module}.{part}": t.prefix + part for t in plan.targets for part in _parts(t)}
-    arrived |= {name: tensor for name, tensor in plan.names.items() if tensor in written.tensors}
+    # What is stored as the model has it; a part of a tensor, or one that is turned, the outputs will tell of.
+    alike = {name: stored.tensor for name, stored in plan.names.items() if stored == Stored(stored.tensor)}
+    arrived |= {name: tensor for name, tensor in alike.items() if tensor in written.tensors}
     for name, tensor in arrived.items():
         # A name that is not there was changed by Transformers while loading; the outputs will tell.
         if name in state and digest(written.read(tensor).to(state[name].dtype)) != digest(state[name]):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Build a model's architecture on the meta device: module names and shapes without memory for weights."""
+"""Build a model's architecture on the meta device: module names and shapes without memory for weights.
+
+Every weight matrix is a linear in it: GPT-2's Conv1D is replaced by one, and fused experts are taken apart.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from afpq.errors import AfpqError
+from afpq.unfuse import unfuse
 
 
 @contextmanager
@@ -45,8 +49,11 @@ def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrain
         named = getattr(transformers, (config.architectures or [""])[0], None)
         with _parameters_on_meta():
             if named is not None and hasattr(named, "_from_config"):
-                return named._from_config(config).eval()
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+                model = named._from_config(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        unfuse(model)
+        return model.eval()
     except Exception as error:  # a config is foreign input: any class of Transformers may stumble over it its own way
         reason = " ".join(str(error).split())
         raise AfpqError(f"{directory}: Transformers cannot build this model: {reason[:300]}") from None

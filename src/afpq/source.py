@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,31 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where a tensor of the model is: a tensor of the checkpoint, or a part of it.
+
+    `expert` is an index of its first dimension, `rows` (start, stop, step) of the outputs, and `transposed` tells that
+    a matrix is stored as [in, out].
+    """
+
+    tensor: str
+    expert: int | None = None
+    rows: tuple[int, int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.expert is None and self.rows is None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part, as [out, in] or [out]; a view."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        if self.transposed and part.ndim == 2:
+            part = part.T
+        return part if self.rows is None else part[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A directory with config.json and safetensors; `tensors` in the order of the files."""
 
@@ -65,15 +90,29 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
 
-    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Some rows of a matrix, [len(rows), in]; nothing else of it is read. Raises as `read` does."""
-        info = self.tensors[name]
+    def read_stored(self, stored: Stored) -> Tensor:
+        """A tensor of the model, in memory of its own; of a part no more than its expert is read. Raises as `read`."""
+        if stored.expert is None:
+            return stored.of(self.read(stored.tensor)).contiguous()
+        info = self.tensors[stored.tensor]
         try:
             with safe_open(info.file, "pt") as file:
-                matrix = file.get_slice(name)
+                expert = file.get_slice(stored.tensor)[stored.expert]
+        except (OSError, SafetensorError) as error:
+            raise AfpqError(f"{info.file}: cannot read tensor {stored.tensor}: {error}") from None
+        return replace(stored, expert=None).of(expert).clone().contiguous()
+
+    def read_rows(self, stored: Stored, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, [len(rows), in]; nothing else is read of one stored as it is. Raises as `read`."""
+        if stored != Stored(stored.tensor):
+            return self.read_stored(stored)[list(rows)]
+        info = self.tensors[stored.tensor]
+        try:
+            with safe_open(info.file, "pt") as file:
+                matrix = file.get_slice(stored.tensor)
                 return torch.cat([matrix[row : row + 1] for row in rows])
         except (OSError, SafetensorError) as error:
-            raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
+            raise AfpqError(f"{info.file}: cannot read tensor {stored.tensor}: {error}") from None
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template, licence: files to copy beside new weights."""
@@ -141,24 +180,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AfpqError(f"{path}: expected a JSON object")
     return value
-
-
-def find_tensor(tensors: Mapping[str, TensorInfo], name: str, base: str) -> str | None:
-    """The checkpoint's name of the model's tensor `name`; they may differ by the base model's prefix `base`."""
-    return next((n for n in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if n in tensors), None)
-
-
-def require_tensor(
-    tensors: Mapping[str, TensorInfo], name: str, base: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> str:
-    """As `find_tensor`; raises AfpqError if it is not there, or has another dtype or shape."""
-    found = find_tensor(tensors, name, base)
-    if found is None:
-        raise AfpqError(f"tensor {name} is not in the checkpoint; its files or its config are incomplete")
-    info = tensors[found]
-    if (info.dtype, info.shape) != (dtype, shape):
-        raise AfpqError(f"{info.file}: tensor {found} is {info.dtype} {info.shape}; the config needs {dtype} {shape}")
-    return found
 
 
 def tensor_headers(file: Path) -> dict[str, TensorInfo]:

@@ -98,6 +98,9 @@ def quantize(
     sequential: Annotated[
         bool, typer.Option("--sequential/--no-sequential", help="GPTQ: quantize a block's layers one after the other.")
     ] = True,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Mixtures: each expert learns from all tokens, not only its own.")
+    ] = False,
     device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False,
@@ -119,7 +122,7 @@ def quantize(
         tuple(_parse_override(pair) for pair in override or []),
         GptqOptions(damp, order, sweeps, float_target, sequential),
     )
-    settings = CalibrationSettings(samples, seq_len, seed, device)
+    settings = CalibrationSettings(samples, seq_len, seed, device, all_experts)
     check_json_place(json)
     content = read_text(text, dataset, calibration=True) if text is not None or dataset is not None else None
     test, test_name = _evaluation_text(eval_text, dataset if card_measure else None)

@@ -43,6 +43,7 @@ from afpq.info import model_info
 from afpq.linear import AfpqLinear
 from afpq.loading import load_model
 from afpq.skeleton import build_skeleton
+from afpq.unfuse import unfuse
 
 SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell
@@ -188,6 +189,7 @@ class Comparison:
         """Its approximation of every weight we would quantize, put into another copy of the float model."""
         infos, targets = self.agenda.first.plan.checkpoint.tensors, self.agenda.first.plan.targets
         model = load_model(self.question.model, self.question.trust_remote_code)
+        unfuse(model)
         linears, errors, stored = dict(find_linears(model)), [], 0
         start = time.perf_counter()
         for index, target in enumerate(targets):
@@ -201,7 +203,7 @@ class Comparison:
         seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
         elements = sum(target.elements for target in targets)
         files = sum(file.stat().st_size for file in {info.file for info in infos.values()})
-        size = files - sum(infos[target.tensor].bytes for target in targets) + stored
+        size = files - sum(infos[t.stored.tensor].dtype.itemsize * t.elements for t in targets) + stored
         coverage = self.agenda.first.plan.coverage
         return _result(cell, seen, 8 * stored / elements, coverage, size, seconds=seconds, layers=tuple(errors))
 
@@ -274,6 +276,6 @@ def asymmetries(agenda: Agenda, results: Sequence[Result]) -> list[Asymmetry]:
     checkpoint = agenda.first.plan.checkpoint
     schemes = [result.cell.ours for result in results]
     sizes = sorted({scheme.group_size for scheme in schemes if scheme is not None}, key=lambda size: (size == -1, size))
-    names = [target.tensor for target in spread(agenda.first.plan.targets, SAMPLED_LAYERS)]
-    weights = [some_rows(checkpoint.read(name), SAMPLED_ROWS).float() for name in names]
+    places = [target.stored for target in spread(agenda.first.plan.targets, SAMPLED_LAYERS)]
+    weights = [some_rows(checkpoint.read_stored(place), SAMPLED_ROWS).float() for place in places]
     return [asymmetry(weights, size) for size in sizes]

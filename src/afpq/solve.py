@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""One weight by the recipe's solver, with what is known of its inputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, search_clips, toward_float_outputs
+from afpq.calibrate import Moments
+from afpq.errors import AfpqError
+from afpq.groups import QuantizedWeight, encode, with_grid
+from afpq.pipeline import LayerLog, relative_error
+from afpq.plan import Target
+from afpq.scheme import METHODS, Recipe
+
+
+def solve_layer(W: Tensor, moments: Moments | None, target: Target, recipe: Recipe) -> tuple[QuantizedWeight, LayerLog]:
+    """One weight by the recipe's solver; rounded to nearest, with a note, where its inputs teach nothing.
+
+    Raises AfpqError naming the tensor for NaN or Inf in the weight.
+    """
+    start = time.perf_counter()
+    note = None if moments is not None else "not used on the calibration text; rounded to nearest"
+    damp = before = after = None
+    with named(target.tensor):
+        importance = None if moments is None else _importance(moments)
+        nearest = quantize_rtn(W, target.scheme, recipe.search, importance)
+        solved = nearest
+        if moments is not None:
+            try:
+                solved, damp, before, after = _solve_on_moments(W, moments, target, recipe, nearest)
+            except SingularHessian as error:
+                note = f"{error}; rounded to nearest"
+    log = LayerLog(
+        module=target.module,
+        scheme=str(target.scheme),
+        method=recipe.method if note is None else "rtn",
+        weight_error=relative_error(W, solved),
+        bits_per_weight=8 * target.bytes / target.elements,
+        seconds=round(time.perf_counter() - start, 4),
+        output_error_before=before,
+        output_error=after,
+        damp=damp,
+        tokens=None if moments is None else moments.tokens,
+        note=note,
+    )
+    return solved, log
+
+
+def _importance(moments: Moments) -> Tensor | None:
+    """The inputs' second moments as weights of the columns; None where they are zero or not finite."""
+    diagonal = moments.H.diagonal()
+    return diagonal if bool(torch.isfinite(diagonal).all()) and bool(diagonal.max() > 0) else None
+
+
+def _solve_on_moments(
+    W: Tensor, moments: Moments, target: Target, recipe: Recipe, nearest: QuantizedWeight
+) -> tuple[QuantizedWeight, float | None, float, float]:
+    """(weight, damping, relative output error of rounding to nearest, and of this), against the outputs aimed at."""
+    H, wanted, damp = moments.H, W, None
+    if not bool(torch.isfinite(H).all()):
+        raise SingularHessian("the layer's inputs are NaN or Inf")
+    if METHODS[recipe.method].solver == "gptq":
+        if moments.D is not None:
+            wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
+        solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
+    elif recipe.search == "mse":
+        scheme = with_grid(W, target.scheme)
+        scales = search_clips(W, H, scheme)
+        solved = QuantizedWeight(encode(W, scales, scheme), scales, scheme)
+    else:
+        solved = nearest
+    total = _loss(wanted, H)
+    errors = [_loss(weight.dequantize() - wanted, H) / total if total else 0.0 for weight in (nearest, solved)]
+    return solved, damp, errors[0], errors[1]
+
+
+def _loss(E: Tensor, H: Tensor) -> float:
+    return ((E @ H) * E).sum().item()
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors raised inside say which block or tensor they are about."""
+    try:
+        yield
+    except SingularHessian:
+        raise
+    except AfpqError as error:
+        raise AfpqError(f"{name}: {error}") from None
