@@ -25,6 +25,7 @@ from afpq.calibrated import solve_layer
 from afpq.errors import AfpqError
 from afpq.plan import Target
 from afpq.scheme import METHODS, GptqOptions, Recipe, parse_scheme
+from afpq.source import Stored
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 SETTINGS = afpq.CalibrationSettings(samples=6, seq_len=48)
@@ -104,7 +105,7 @@ def test_no_text_or_too_little_is_an_error(tiny_model_dir: Path, tmp_path: Path,
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_useless_activations_fall_back_to_rounding_with_a_note(fill: float, method: str) -> None:
     W = torch.randn(8, 16)
-    target = Target("layer", "layer.weight", parse_scheme("nf3-asym-g8"), (8, 16))
+    target = Target("layer", Stored("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
     moments = Moments(torch.full((16, 16), fill), torch.zeros(16, 16), 5)
     weight, log = solve_layer(W, moments, target, Recipe(target.scheme, method))
     nearest = quantize_rtn(W, target.scheme, "mse")

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from afpq.blocks import find_blocks
 from afpq.errors import AfpqError
+from afpq.experts import AfpqExperts
 from afpq.folds import FAMILIES, Fold, apply_fold, fold_weights, folds_of, producer_rows, shared_mean
+from afpq.unfuse import unfuse
 
 TINY = {
     "hidden_size": 64,
@@ -30,6 +32,7 @@ TINY = {
 GATED = {**TINY, "intermediate_size": 96, "num_key_value_heads": 2}
 EXPERTS = {**GATED, "moe_intermediate_size": 32, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 QWEN_MOE = {**EXPERTS, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]}
+GPT2 = {"vocab_size": 96, "n_positions": 64, "bos_token_id": None, "eos_token_id": None}
 FALCON = {**TINY, "bias": True, "alibi": False}
 
 # case -> model type, its config, folds expected in each block
@@ -73,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {**TINY, "n_head": 4, "n_layer": 2, "apply_residual_connection_post_layernorm": True},
         (1, 1),
     ),
+    "gpt2": ("gpt2", {**GPT2, "n_embd": 64, "n_head": 4, "n_layer": 2}, (3, 3)),
     "falcon-7b": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True}, (2, 2)),
     "falcon-40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, (3, 3)),
     "falcon-11b": (
@@ -99,7 +103,10 @@ def original(case: str) -> tuple[nn.Module, Tensor]:
             parameter.normal_(0, 0.15, generator=generator)
             if parameter.ndim == 1 and name.endswith("weight"):
                 parameter += 1
-    return model, logits(model)
+    before = logits(model)
+    unfuse(model)
+    assert torch.allclose(logits(model), before, rtol=1e-12, atol=1e-12)
+    return model, before
 
 
 @torch.no_grad()
@@ -192,7 +199,21 @@ def test_other_blocks_have_no_folds() -> None:
             self.self_attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
 
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=8))
-    assert folds_of(LlamaDecoderLayer()) == folds_of(gpt2.transformer.h[0]) == folds_of(nn.Linear(4, 4)) == ()
+    conv1d = gpt2.transformer.h[0]  # a Conv1D is no linear until it is made one
+    assert folds_of(LlamaDecoderLayer()) == folds_of(conv1d) == folds_of(nn.Linear(4, 4)) == ()
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe"])
+def test_an_expert_has_a_fold_that_leaves_its_outputs(case: str) -> None:
+    model = copy.deepcopy(original(case)[0])
+    experts = next(module for module in model.modules() if isinstance(module, AfpqExperts))
+    for expert in experts.children():
+        (fold,) = folds_of(expert)
+        (down,) = fold_weights(expert, fold)
+        before = down.clone()
+        apply_fold(expert, fold, torch.linspace(0.5, 2, down.shape[1]))
+        assert not torch.allclose(down, before)
+    assert torch.allclose(logits(model), original(case)[1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_linear_replaced_by_something_else_ends_its_folds() -> None:

@@ -24,7 +24,7 @@ from afpq.inspect_model import (
     mean_error,
     recommend,
 )
-from afpq.source import WEIGHTS, open_checkpoint
+from afpq.source import WEIGHTS, Stored, open_checkpoint
 
 SMALL = InspectSettings(bits=(3,), group_size=32)
 
@@ -88,7 +88,9 @@ def test_some_layers_only(tiny_model_dir: Path) -> None:
 def test_only_the_drawn_rows_are_read(tiny_model_dir: Path) -> None:
     checkpoint = open_checkpoint(tiny_model_dir)
     name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(checkpoint.read_rows(name, [0, 5, 63]), checkpoint.read(name)[[0, 5, 63]])
+    assert torch.equal(checkpoint.read_rows(Stored(name), [0, 5, 63]), checkpoint.read(name)[[0, 5, 63]])
+    turned = checkpoint.read_rows(Stored(name, transposed=True), [0, 5])
+    assert torch.equal(turned, checkpoint.read(name).T[[0, 5]])
 
 
 @pytest.mark.parametrize(

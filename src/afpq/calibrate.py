@@ -183,7 +183,8 @@ def materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.dev
         if name not in tensors:
             raise AfpqError(f"parameter {name} is stored under another name; use --method rtn for this architecture")
         parent, _, leaf = name.rpartition(".")
-        value = tensors[name].to(device, torch.float32) if parameter.is_floating_point() else tensors[name].to(device)
+        dtype = torch.float32 if parameter.is_floating_point() else tensors[name].dtype
+        value = tensors[name].to(device, dtype).contiguous()
         setattr(real.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
     return real.to(device).eval()
 

@@ -166,9 +166,11 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, AfpqLinear):
                 replace_module(model, name, _plain_linear(module, dtype or torch.float32))
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AfpqExperts):
-                replace_module(model, name, fuse_experts(module))
+        experts = [(name, module) for name, module in model.named_modules() if isinstance(module, AfpqExperts)]
+        for name, module in experts:
+            replace_module(model, name, fuse_experts(module))
+        if experts:
+            model._weight_conversions = None  # of a quantized model; None: saved as a float model is
         return model
 
 
