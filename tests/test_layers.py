@@ -19,7 +19,8 @@ ORDER = [
     "kernels", "linear", "blocks", "source", "experts", "names", "unfuse", "folds", "calibrate", "routing",
     "config", "data", "skeleton", "plan", "pipeline", "transforms", "solve", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
-    "integrations.lm_eval", "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
+    "integrations.peft", "integrations.lm_eval",
+    "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
     "__init__", "console",
     "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",
     "comparison.agenda", "comparison.findings", "comparison.tabulate", "comparison.compare",
@@ -29,7 +30,10 @@ ORDER = [
 ]  # fmt: skip
 
 OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao"}
-BEHIND = {"kernels.triton": {"triton"}}  # modules that need an optional package, and are imported in functions only
+BEHIND = {
+    "kernels.triton": {"triton"},
+    "integrations.peft": {"peft"},
+}  # modules that need an optional package, and are imported in functions only
 MAX_LINES = 350
 
 FILES = sorted(SOURCE.rglob("*.py"))
