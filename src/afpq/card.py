@@ -158,7 +158,7 @@ def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
         rows.append((f"`{kind}`", str(len(members)), f"{mean:.1e}", f"{error_of(worst):.1e}", f"`{worst['module']}`"))
     by_kind = table(("layers", "number", "mean error", "worst", "where"), rows)
     image = f"![Error of each layer]({PICTURE})\n\n" if picture else ""
-    meaning = _MEANING["output_error" in notes[0]] if notes else ""
+    meaning = _MEANING[any("output_error" in note for note in notes)] if notes else ""
     return f"{image}{by_kind}\n\n{meaning}"
 
 

@@ -27,7 +27,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     for name, linear, scheme in chosen:
         if scheme is not None:
             solved = solve(f"{name}.weight", linear.weight, scheme, recipe)
-            replace_module(model, name, AfpqLinear.from_weight(solved, linear.bias))
+            replace_module(model, name, AfpqLinear.from_weight(solved, linear.bias, linear.weight.dtype))
     return model
 
 
