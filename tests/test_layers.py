@@ -16,7 +16,7 @@ ORDER = [
     "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
-    "kernels", "linear", "blocks", "folds", "calibrate",
+    "kernels", "linear", "coverage", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
     "integrations.lm_eval", "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",

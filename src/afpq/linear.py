@@ -93,6 +93,13 @@ class AfpqLinear(nn.Module):
             return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         return self.dequantize(self.dtype)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module's; a place to load `weight` to is no contradiction to the `weight` that is unpacked."""
+        if name == "weight":
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
+
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, bias={bias}"

@@ -23,8 +23,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from afpq.blocks import find_linears, replace_module
+from afpq.blocks import find_blocks, find_linears, replace_module
 from afpq.config import QUANT_METHOD, config_from_json, config_to_json, is_kept
+from afpq.coverage import warn_of_left
 from afpq.errors import AfpqError
 from afpq.linear import AfpqLinear
 from afpq.packing import layout, to_tensors
@@ -90,6 +91,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         self.failures: list[AfpqError] = []
         recipe, kept = self.quantization_config.recipe()
+        self.blocks = [block.name for block in find_blocks(model)]
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
@@ -128,6 +130,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name}.weight: not in the checkpoint, or not under this name; list it as not to convert"
                 )
             module.prepare()
+        if not self.pre_quantized:
+            warn_of_left(model, self.blocks)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
