@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,14 @@ def test_block_by_block_equals_the_whole_model(name: str, tmp_path: Path) -> Non
     first = torch.empty(4, 12, 32)
     blocks = find_blocks(model)
 
-    def write(rows: slice, hidden: Tensor) -> None:
+    def write(name: str, rows: slice, hidden: Tensor) -> None:
+        assert name == blocks[0].name
         first[rows] = hidden
 
     calls = capture(model, blocks, windows, write)
+    assert list(calls) == [block.name for block in blocks]
     states = stored(tmp_path / "0", first)
-    for index, (block, call) in enumerate(zip(blocks, calls)):
+    for index, (block, call) in enumerate(zip(blocks, calls.values())):
         assert torch.allclose(states.tensor, wanted[index], atol=1e-5)
         following = Activations(tmp_path / str(index + 1), (4, 12, 32), create=True)
         advance(block.module, call, states, following, CPU)
@@ -86,7 +89,7 @@ def test_stages_are_the_linears_that_read_one_tensor(tmp_path: Path) -> None:
     model, windows = tiny("llama"), ids()
     block = find_blocks(model)[0]
     first: list[Tensor] = []
-    call = capture(model, [*find_blocks(model)], windows, lambda _, hidden: first.append(hidden))[0]
+    call = capture(model, find_blocks(model), windows, lambda *state: first.append(state[2]))[block.name]
     names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears()]
     stages = find_stages(block.module, names, call, first[0])
     attention, mlp = "self_attn.", "mlp."
@@ -117,22 +120,45 @@ def test_batches_divide_the_windows() -> None:
             assert windows % size == 0 and (size == 1 or size * length <= 4096)
 
 
-def test_state_passed_between_blocks_is_refused(tmp_path: Path) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(99, 32)
-            self.layers = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(32, 32)}) for _ in range(2))
+class Chain(nn.Module):
+    """An embedding, a tower that text does not reach, and blocks run last to first, with something done between."""
 
-        def forward(self, tokens: Tensor, use_cache: bool) -> Tensor:
-            hidden: Tensor = self.embed(tokens)
-            for layer in self.layers:
-                hidden = layer(hidden, extra=hidden.mean())
-            return hidden
+    def __init__(self, between: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]) -> None:
+        super().__init__()
+        self.between = between
+        self.embed = nn.Embedding(99, 32)
+        self.tower, self.layers = (
+            nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(32, 32)}) for _ in range(2)) for _ in range(2)
+        )
 
-    model = Model()
+    def forward(self, tokens: Tensor, use_cache: bool) -> Tensor:
+        hidden: Tensor = self.embed(tokens)
+        for layer in reversed(self.layers):
+            hidden, more = self.between(hidden)
+            hidden = layer(hidden, **more)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda hidden: (hidden, {"extra": hidden.mean()}),
+        lambda hidden: (hidden + 1, {}),
+        lambda hidden: (hidden.add_(1), {}),
+    ],
+    ids=["state of the text beside", "hidden states changed", "changed in place"],
+)
+def test_what_a_block_cannot_be_given_alone_is_refused(between: Any) -> None:
+    model = Chain(between)
     with pytest.raises(AfpqError, match="use --method rtn"):
         capture(model, find_blocks(model), ids(4, 4096), lambda *_: None)
+
+
+def test_blocks_are_recorded_in_the_order_they_run_and_only_those() -> None:
+    model, begun = Chain(lambda hidden: (hidden, {})), []
+    calls = capture(model, find_blocks(model), ids(), lambda name, rows, _: begun.append((name, rows)))
+    assert list(calls) == ["layers.1", "layers.0"]
+    assert begun == [("layers.1", slice(0, 4))]
 
 
 def test_a_parameter_under_another_name_is_an_error() -> None:
@@ -147,7 +173,7 @@ def test_outputs_that_overflow_are_an_error(tmp_path: Path) -> None:
     model = tiny("llama")
     blocks = find_blocks(model)
     first: list[Tensor] = []
-    call = capture(model, blocks, ids(), lambda _, hidden: first.append(hidden))[0]
+    call = capture(model, blocks, ids(), lambda *state: first.append(state[2]))[blocks[0].name]
     blocks[0].module.get_submodule("mlp.down_proj").weight.fill_(torch.inf)  # type: ignore[operator, union-attr]
     states = stored(tmp_path / "a", first[0])
     with pytest.raises(AfpqError, match="NaN or Inf"):

@@ -177,10 +177,17 @@ def test_a_dry_run_writes_nothing_and_tells_the_size(cli: Cli, tiny_model_dir: P
     assert planned["output_bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / WEIGHTS).values())
 
 
-def test_low_coverage_is_warned_of(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
-    result = cli("quantize", tiny_model_dir, tmp_path / "out", "--skip", "mlp")
-    assert result.code == 0
-    assert "warning" in result.err and "40.0 %" in result.err
+def test_low_coverage_is_warned_of_and_what_is_left_is_named(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
+    dry = cli("quantize", tiny_model_dir, tmp_path / "out", "--skip", "mlp", "--dry-run")
+    done = cli("quantize", tiny_model_dir, tmp_path / "out", "--skip", "mlp", "--json", tmp_path / "q.json")
+    info = cli("info", tmp_path / "out", "--json", tmp_path / "i.json")
+    for result in (dry, done, info):
+        assert result.code == 0
+        assert "warning" in result.err and "40.0 %" in result.err and "36,864 weights" in result.err
+        assert "model.layers.*.mlp.down_proj.weight (12,288)" in result.err
+    left = {f"model.layers.*.mlp.{name}_proj.weight": 12288 for name in ("gate", "up", "down")}
+    assert read_json(tmp_path / "q.json")["left"] == read_json(tmp_path / "i.json")["left"] == left
+    assert cli("info", tiny_model_dir).err == ""
 
 
 def test_eval_measures_as_the_library_does(cli: Cli, packed: Path, text: Path, tmp_path: Path) -> None:

@@ -33,6 +33,18 @@ GATED = {**TINY, "intermediate_size": 96, "num_key_value_heads": 2}
 EXPERTS = {**GATED, "moe_intermediate_size": 32, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 QWEN_MOE = {**EXPERTS, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]}
 GPT2 = {"vocab_size": 96, "n_positions": 64, "bos_token_id": None, "eos_token_id": None}
+LATENT = {
+    **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16,
+}  # fmt: skip
+GATED_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+STATE_SPACE = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 8}
+HYBRID = {
+    **GATED, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"], "mamba_n_heads": 8,
+    "mamba_d_head": 16, "mamba_d_state": 8,
+}  # fmt: skip
 FALCON = {**TINY, "bias": True, "alibi": False}
 
 # case -> model type, its config, folds expected in each block
@@ -44,9 +56,17 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "ministral": ("ministral", {**GATED, "head_dim": 16}, (4, 4)),
     "mixtral": ("mixtral", EXPERTS, (2, 2)),
     "qwen2": ("qwen2", GATED, (4, 4)),
-    "qwen2-moe": ("qwen2_moe", QWEN_MOE, (2, 4)),
+    "qwen2-moe": ("qwen2_moe", QWEN_MOE, (3, 4)),
     "qwen3": ("qwen3", {**GATED, "head_dim": 32}, (4, 4)),
     "qwen3-moe": ("qwen3_moe", {**QWEN_MOE, "head_dim": 16}, (2, 4)),
+    "qwen3-next": (
+        "qwen3_next",
+        {**QWEN_MOE, **GATED_DELTA, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+        (2, 4),
+    ),
+    "gpt-oss": ("gpt_oss", {**EXPERTS, "head_dim": 16, "sliding_window": 8}, (2, 2)),
+    "deepseek-v3": ("deepseek_v3", {**LATENT, "q_lora_rank": 24}, (6, 5)),
+    "deepseek-v3-lite": ("deepseek_v3", {**LATENT, "q_lora_rank": None}, (5, 4)),
     "granite": ("granite", {**GATED, "residual_multiplier": 0.5}, (4, 4)),
     "smollm3": ("smollm3", GATED, (4, 4)),
     "gemma": ("gemma", {**GATED, "head_dim": 16}, (4, 4)),
@@ -77,6 +97,23 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (1, 1),
     ),
     "gpt2": ("gpt2", {**GPT2, "n_embd": 64, "n_head": 4, "n_layer": 2}, (3, 3)),
+    "bert": ("bert", {**TINY, "intermediate_size": 96}, (1, 1)),
+    "mamba": ("mamba", STATE_SPACE, (1, 1)),
+    "mamba2": ("mamba2", {**STATE_SPACE, "num_heads": 8, "head_dim": 16, "n_groups": 1}, (2, 2)),
+    "jamba": (
+        "jamba",
+        {
+            **EXPERTS,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+        (3, 2),
+    ),
+    "granite-hybrid": ("granitemoehybrid", {**HYBRID, "num_local_experts": 0}, (4, 4)),
+    "granite-hybrid-moe": ("granitemoehybrid", {**HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2}, (3, 3)),
     "falcon-7b": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True}, (2, 2)),
     "falcon-40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, (3, 3)),
     "falcon-11b": (

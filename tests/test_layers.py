@@ -16,7 +16,7 @@ ORDER = [
     "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
-    "kernels", "linear", "blocks", "source", "experts", "names", "unfuse", "folds", "calibrate", "routing",
+    "kernels", "linear", "coverage", "blocks", "source", "experts", "names", "unfuse", "folds", "calibrate", "routing",
     "config", "data", "skeleton", "plan", "pipeline", "transforms", "solve", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
     "integrations.peft", "integrations.lm_eval",

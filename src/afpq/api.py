@@ -127,6 +127,11 @@ def prepare(
     settings, calibrated = settings or CalibrationSettings(), METHODS[recipe.method].calibrated
     if calibrated and text is None:
         raise AfpqError(f"method {recipe.method} needs calibration text: --text FILE or --dataset NAME")
+    if calibrated and getattr(skeleton.config, "is_encoder_decoder", False):
+        raise AfpqError(
+            f"{type(skeleton).__name__} is an encoder-decoder: its decoder's blocks read the encoder's outputs too and "
+            f"cannot be calibrated one after the other by {recipe.method}; use --method rtn"
+        )
     if eval_text is not None and not measured:
         raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
     length = window_length(skeleton, settings.seq_len)

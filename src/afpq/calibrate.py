@@ -99,28 +99,33 @@ def batch_size(windows: int, length: int) -> int:
 
 
 def capture(
-    model: nn.Module, blocks: list[Block], windows: Tensor, write: Callable[[slice, Tensor], None]
-) -> list[BlockCall]:
-    """Run the model around its blocks; `write(rows, hidden)` receives what enters the first block.
+    model: nn.Module, blocks: list[Block], windows: Tensor, write: Callable[[str, slice, Tensor], None]
+) -> dict[str, BlockCall]:
+    """Run the model around its blocks; `write(block, rows, hidden)` receives what enters the first block of all run.
 
     The model's parameters outside the blocks are real, those inside may be on the meta device. Returns the call of
-    each block. Raises AfpqError where the calls depend on the text, since then a block cannot be run alone.
+    each block by its name, in the order they run; a block that text does not reach, such as an image tower's, has none.
+    Raises AfpqError where a block cannot be run alone: where the calls depend on the text, or hidden states are changed
+    between blocks.
     """
     size = batch_size(*windows.shape)
-    calls: list[BlockCall] = []
-    for first in range(0, len(windows), size):
-        rows = slice(first, first + size)
+    calls: dict[str, BlockCall] = {}
+    for start in range(0, len(windows), size):
+        rows = slice(start, start + size)
         hidden, these = _capture_batch(model, blocks, windows[rows])
-        write(rows, hidden)
-        if calls and not all(_equal((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(calls, these)):
+        write(next(iter(these)), rows, hidden)
+        pairs = zip(calls.values(), these.values())
+        if calls and not (
+            list(calls) == list(these) and all(_equal((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in pairs)
+        ):
             raise AfpqError("this architecture passes more than hidden states between blocks; use --method rtn")
         calls = calls or these
     return calls
 
 
-def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[Tensor, dict[str, BlockCall]]:
     for tuple_result in (False, True):
-        seen: list[tuple[Tensor, BlockCall]] = []
+        seen: list[tuple[str, Tensor, BlockCall]] = []
         with _recorders(blocks, seen, tuple_result), torch.no_grad():
             try:
                 getattr(model, "base_model", model)(ids, use_cache=False)
@@ -131,21 +136,27 @@ def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[
                         f"cannot run this architecture block by block ({reason}); use --method rtn"
                     ) from None
                 continue
-        if len(seen) == len(blocks) and all(hidden.shape == seen[0][0].shape for hidden, _ in seen):
-            return seen[0][0], [call for _, call in seen]
-    raise AfpqError("this architecture does not call its blocks one after the other; use --method rtn")
+        calls = {name: call for name, _, call in seen}
+        # Recorders hand on what they get, so every block gets the same, unless the model changes it on the way.
+        if seen and len(calls) == len(seen) and all(torch.equal(hidden, seen[0][1]) for _, hidden, _ in seen):
+            return seen[0][1], calls
+    raise AfpqError("this architecture does not simply call its blocks one after the other; use --method rtn")
 
 
 @contextmanager
-def _recorders(blocks: list[Block], seen: list[tuple[Tensor, BlockCall]], tuple_result: bool) -> Iterator[None]:
-    def record(*args: Any, **kwargs: Any) -> Any:
-        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        seen.append((hidden, BlockCall(rest, kwargs, tuple_result)))
-        return (hidden,) if tuple_result else hidden
+def _recorders(blocks: list[Block], seen: list[tuple[str, Tensor, BlockCall]], tuple_result: bool) -> Iterator[None]:
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            # The first is copied, to be compared with what the others get, should the model change it in place.
+            seen.append((name, hidden if seen else hidden.clone(), BlockCall(rest, kwargs, tuple_result)))
+            return (hidden,) if tuple_result else hidden
+
+        return record
 
     try:
         for block in blocks:
-            block.module.forward = record
+            block.module.forward = recorder(block.name)
         yield
     finally:
         for block in blocks:

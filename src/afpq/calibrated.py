@@ -35,7 +35,7 @@ from afpq.experts import AfpqExperts
 from afpq.groups import QuantizedWeight
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, UnitResult, unit_tensors
-from afpq.plan import OUTSIDE, Plan, Target, Unit
+from afpq.plan import Plan, Target, Unit
 from afpq.routing import route, routed_batch
 from afpq.scheme import METHODS
 from afpq.solve import named, solve_layer
@@ -59,13 +59,16 @@ class Calibration:
 def run_calibrated(
     plan: Plan, model: PreTrainedModel, calibration: Calibration, finished: Container[str] = ()
 ) -> Iterator[UnitResult]:
-    """Each unit of the plan in order, but for the finished ones; `model` is the skeleton the plan was made with."""
+    """Each unit of the plan but for the finished ones, blocks in the order they run; those that text does not reach
+    come before, rounded to nearest. `model` is the skeleton the plan was made with.
+    """
     runner = _Runner(plan, model, calibration)
-    for unit in plan.units:
-        if unit.name == OUTSIDE and unit.name not in finished:
-            yield UnitResult(unit, unit_tensors(plan, unit, []), [])
-    runner.capture(fresh=runner.blocks[0].name not in finished)
+    runner.capture(finished)
     units = {unit.name: unit for unit in plan.units}
+    for unit in plan.units:
+        if unit.name not in runner.calls and unit.name not in finished:
+            logs: list[LayerLog] = []
+            yield UnitResult(unit, unit_tensors(plan, unit, logs, "not reached by text; rounded to nearest"), logs)
     for index, block in enumerate(runner.blocks):
         if block.name not in finished:
             tensors, logs = runner.run_block(index, units[block.name])
@@ -82,7 +85,7 @@ class _Runner:
         self.windows, self.scratch, self.device = calibration.windows, calibration.scratch, calibration.device
         self.all_experts = calibration.all_experts
         self.blocks = find_blocks(model)
-        self.calls: list[BlockCall] = []
+        self.calls: dict[str, BlockCall] = {}  # by block
         self.width = 0
         # The float model runs beside only for the solver that aims at its outputs.
         self.beside = METHODS[self.recipe.method].solver == "gptq" and self.recipe.gptq.float_target
@@ -96,19 +99,21 @@ class _Runner:
     def kinds(self) -> tuple[str, ...]:
         return ("quantized", "float") if self.beside else ("quantized",)
 
-    def capture(self, fresh: bool) -> None:
-        """Record how the blocks are called; with `fresh`, also store what enters the first."""
+    def capture(self, finished: Container[str]) -> None:
+        """Record which blocks are called, and how; also store what enters the first, unless that is finished."""
         self._fill_outside()
         stores: list[Activations] = []
 
-        def write(rows: slice, hidden: Tensor) -> None:
+        def write(first: str, rows: slice, hidden: Tensor) -> None:
             self.width = hidden.shape[-1]
-            if fresh and not stores:
+            if first not in finished and not stores:
                 stores.extend(self.states(kind, 0, create=True) for kind in self.kinds())
             for store in stores:
                 store.tensor[rows] = hidden.float()
 
         self.calls = capture(self.model, self.blocks, self.windows, write)
+        blocks = {block.name: block for block in self.blocks}
+        self.blocks = [blocks[name] for name in self.calls]
 
     def _fill_outside(self) -> None:
         """Load the parameters the model needs before its blocks; the head stays on the meta device."""
@@ -134,7 +139,8 @@ class _Runner:
     @torch.no_grad()
     def run_block(self, index: int, unit: Unit) -> tuple[dict[str, Tensor], list[LayerLog]]:
         """Quantize a block and move the hidden states behind it; returns the unit's output tensors."""
-        block, call = self.blocks[index], self.calls[index]
+        block = self.blocks[index]
+        call = self.calls[block.name]
         with named(block.name):
             call = replace(call, args=move(call.args, self.device), kwargs=move(call.kwargs, self.device))
             tensors = {name: self.plan.checkpoint.read(name) for name in unit.tensors}

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from afpq.coverage import coverage_warning
 from afpq.measure import SampleFigures
 from afpq.plan import OUTSIDE, Plan
 from afpq.report import size_text, table, with_error
@@ -104,6 +105,7 @@ def _facts(card: Card) -> str:
     scales = "a scale and a zero point" if scheme.zero_point else "one scale"
     scales = "a scale for each sign" if scheme.two_scales else scales
     group = "row" if scheme.group_size == -1 else f"group of {scheme.group_size} weights"
+    warning = coverage_warning(plan.coverage, plan.left)
     others = sorted({str(t.scheme) for t in plan.targets} - {str(scheme)})
     rows = [
         ("scheme", f"{scheme}: {scheme.format.bits}-bit {scheme.format.name}, {scales} of each {group}"),
@@ -111,6 +113,7 @@ def _facts(card: Card) -> str:
         ("method", f"{plan.recipe.method}, scales by {plan.recipe.search}"),
         ("true bits per weight", f"{plan.bits_per_weight:.3f} for a quantized weight, with scales and zero points"),
         ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.targets)} linear layers"),
+        *([("not quantized", warning)] if warning is not None else []),
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
         ("left as it was", _left(plan)),
     ]  # fmt: skip
@@ -160,7 +163,7 @@ def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
         rows.append((f"`{kind}`", str(len(members)), f"{mean:.1e}", f"{error_of(worst):.1e}", f"`{worst['module']}`"))
     by_kind = table(("layers", "number", "mean error", "worst", "where"), rows)
     image = f"![Error of each layer]({PICTURE})\n\n" if picture else ""
-    meaning = _MEANING["output_error" in notes[0]] if notes else ""
+    meaning = _MEANING[any("output_error" in note for note in notes)] if notes else ""
     return f"{image}{by_kind}\n\n{meaning}"
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from afpq.api import Job, Outcome
 from afpq.blocks import find_blocks
 from afpq.checkpoint import write_json
+from afpq.coverage import coverage_warning, kinds_left
 from afpq.errors import AfpqError
 from afpq.estimate import Estimate
 from afpq.folds import folds_of
@@ -27,7 +28,6 @@ from afpq.scheme import METHODS
 # Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-LOW_COVERAGE = 0.95
 
 
 def print_plan(job: Job, verb: str, out: Path) -> None:
@@ -49,11 +49,14 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
             "warning: no AWQ fold points are known for this architecture: its channels were not scaled, only clipped",
             style="bold yellow",
         )
-    if plan.coverage < LOW_COVERAGE:
-        errors.print(
-            f"warning: only {100 * plan.coverage:.1f} % of the blocks' weights are quantized; the rest stays large",
-            style="bold yellow",
-        )
+    print_coverage(plan.coverage, plan.left)
+
+
+def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
+    """A warning that names what was not quantized, where that is much."""
+    warning = coverage_warning(coverage, left)
+    if warning is not None:
+        errors.print(f"warning: {warning}", style="bold yellow")
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -92,6 +95,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "method": plan.recipe.method,
         "bits_per_weight": plan.bits_per_weight,
         "coverage": plan.coverage,
+        "left": kinds_left(plan.left),
         "output_bytes": plan.output_bytes,
         "input_bytes": plan.input_bytes,
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],

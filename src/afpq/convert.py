@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from afpq.blocks import TransposedLinear, find_linears, replace_module
+from afpq.blocks import TransposedLinear, find_blocks, find_linears, replace_module
+from afpq.coverage import warn_of_left
 from afpq.errors import AfpqError
 from afpq.linear import AfpqLinear
 from afpq.pipeline import solve
@@ -18,20 +19,23 @@ from afpq.unfuse import unfuse
 def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the linears inside the model's blocks, in place, as the recipe says; returns the model.
 
-    Raises AfpqError for NaN or Inf weights, where nothing is left to quantize, and for methods that need text.
+    What stays as it was is logged as a warning where it is much. Raises AfpqError for NaN or Inf weights, where nothing
+    is left to quantize, and for methods that need text.
     """
     if METHODS[recipe.method].calibrated:
         raise AfpqError(f"method {recipe.method!r} needs calibration text; use afpq.quantize, and load its result")
     unfuse(model, lambda name: recipe.scheme_for(name) is not None)
+    blocks = [block.name for block in find_blocks(model)]
     chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
     if all(scheme is None for _, _, scheme in chosen):
         raise AfpqError("no linear layer left to quantize; see skip")
     for name, linear, scheme in chosen:
         if scheme is not None:
             solved = solve(f"{name}.weight", linear.weight, scheme, recipe)
-            layer = AfpqLinear.from_weight(solved, linear.bias)
+            layer = AfpqLinear.from_weight(solved, linear.bias, linear.weight.dtype)
             layer.conv1d = isinstance(linear, TransposedLinear)
             replace_module(model, name, layer)
+    warn_of_left(model, blocks)
     return model
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.errors import AfpqError
+from afpq.loading import require_next_token
 
 BATCH_TOKENS = 2048
 
@@ -44,7 +45,11 @@ class Evaluation:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
-    """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside."""
+    """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside.
+
+    Raises AfpqError for tokens the model does not know, and for a model that does not predict the next token.
+    """
+    require_next_token(model)
     device = next(model.parameters()).device
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     known = getattr(embedding, "num_embeddings", None)

@@ -32,6 +32,7 @@ class Fold:
     - "v": the rows are v's heads, each of which several query heads may share (grouped-query attention)
     - "qkv": rows of q, then k, then v
     - "heads": for every head of k and v, the rows of its query heads, of k, of v
+    - "k_v": for every head, the rows of k (without its rotated part), then of v
     - "gate_up": rows of gate, then up
 
     `plus_one`: the norm multiplies by 1 + weight. `when`: attributes of the block, and what they must be lest the
@@ -128,6 +129,48 @@ GPT2 = (
     Fold("ln_2", ("mlp.c_fc",), "mlp"),
 )
 
+# A shared expert is a plain MLP beside the others, so what is inside of it can be folded; its input cannot.
+SHARED, SHARED_DOWN = "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"
+QWEN2_MOE = (*LLAMA, Fold(SHARED, (SHARED_DOWN,), SHARED_DOWN))
+
+# Latent attention: q, and k with v, each by way of a small vector with a norm of its own. Small models have no q_a.
+Q_B, KV_A, KV_B = "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"
+DEEPSEEK = (
+    replace(NORM_QKV, linears=("self_attn.q_a_proj", KV_A)),
+    replace(NORM_QKV, linears=("self_attn.q_proj", KV_A)),
+    Fold("self_attn.q_a_layernorm", (Q_B,), "self_attn"),
+    Fold("self_attn.kv_a_layernorm", (KV_B,), "self_attn"),
+    replace(V_O, previous=KV_B, layout="k_v"),
+    NORM_MLP,
+    UP_DOWN,
+    Fold("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",), "mlp.shared_experts.down_proj"),
+)
+
+# The norms behind attention and MLP feed the residual stream.
+BERT = (Fold("attention.self.value", ("attention.output.dense",), "attention.output.dense", "v"),)
+
+# State space layers: their norm feeds one linear; a gated norm inside feeds the last. What lies between mixes channels.
+MAMBA = (Fold("norm", ("mixer.in_proj",), "mixer"), Fold("mixer.norm", ("mixer.out_proj",), "mixer.out_proj"))
+NORM_MAMBA = (
+    Fold("input_layernorm", ("mamba.in_proj",), "mamba"),
+    Fold("mamba.norm", ("mamba.out_proj",), "mamba.out_proj"),
+)
+FEED_FORWARD = (
+    Fold("pre_ff_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward"),
+    Fold("feed_forward.up_proj", ("feed_forward.down_proj",), "feed_forward.down_proj"),
+)
+JAMBA = (*NORM_MAMBA, NORM_QKV, V_O, *FEED_FORWARD)
+FUSED_MLP, MLP_OUT = "shared_mlp.input_linear", "shared_mlp.output_linear"
+GRANITE_HYBRID = (
+    *NORM_MAMBA,
+    NORM_QKV,
+    V_O,
+    Fold("post_attention_layernorm", (FUSED_MLP,), "shared_mlp", when=(("has_experts", False),)),
+    Fold(FUSED_MLP, (MLP_OUT,), MLP_OUT, "gate_up"),
+)
+IN_PROJ = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")
+QWEN3_NEXT = (*GEMMA, Fold("input_layernorm", IN_PROJ, "linear_attn", plus_one=True), *QWEN2_MOE[len(LLAMA) :])
+
 # Class of a block in Transformers -> folds that may apply.
 FAMILIES: dict[str, tuple[Fold, ...]] = {
     "LlamaDecoderLayer": LLAMA,
@@ -135,9 +178,18 @@ FAMILIES: dict[str, tuple[Fold, ...]] = {
     "MinistralDecoderLayer": LLAMA,
     "MixtralDecoderLayer": LLAMA,
     "Qwen2DecoderLayer": LLAMA,
-    "Qwen2MoeDecoderLayer": LLAMA,
+    "Qwen2MoeDecoderLayer": QWEN2_MOE,
     "Qwen3DecoderLayer": LLAMA,
     "Qwen3MoeDecoderLayer": LLAMA,
+    "Qwen3NextDecoderLayer": QWEN3_NEXT,
+    "DeepseekV3DecoderLayer": DEEPSEEK,
+    "GptOssDecoderLayer": LLAMA,
+    "MambaBlock": MAMBA,
+    "Mamba2Block": MAMBA,
+    "JambaMambaDecoderLayer": JAMBA,
+    "JambaAttentionDecoderLayer": JAMBA,
+    "GraniteMoeHybridDecoderLayer": GRANITE_HYBRID,
+    "BertLayer": BERT,
     "GraniteDecoderLayer": LLAMA,
     "SmolLM3DecoderLayer": LLAMA,
     "GemmaDecoderLayer": GEMMA,
@@ -207,9 +259,15 @@ def producer_rows(block: nn.Module, fold: Fold) -> Tensor | None:
     if fold.layout == "gate_up":
         return torch.arange(columns, 2 * columns) if rows == 2 * columns else None
     attention = block.get_submodule(fold.previous.rpartition(".")[0])
-    dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    if not isinstance(dim, int):
+    names = ("v_head_dim",) if fold.layout == "k_v" else ("head_dim", "head_size", "attention_head_size")
+    dim = next((d for name in names if isinstance(d := getattr(attention, name, None), int)), None)
+    if dim is None:
         return None
+    if fold.layout == "k_v":
+        each, rest = divmod(rows * dim, columns)  # rows of a head
+        first = torch.arange(1, columns // dim + 1) * each - dim
+        fits = not rest and columns % dim == 0 and each > dim
+        return (first[:, None] + torch.arange(dim)).flatten() if fits else None
     heads = columns // dim  # of q
     shared = rows // dim if fold.layout == "v" else (rows // dim - heads) // 2  # heads of k and of v
     fused = 0 if fold.layout == "v" else heads + shared

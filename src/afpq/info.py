@@ -11,6 +11,7 @@ from torch import nn
 
 from afpq.blocks import find_blocks
 from afpq.config import QUANT_METHOD, config_from_json, is_kept
+from afpq.coverage import kinds_left
 from afpq.errors import AfpqError
 from afpq.names import Located
 from afpq.packing import layout
@@ -31,10 +32,12 @@ class LayerInfo:
 @dataclass(frozen=True)
 class ModelInfo:
     """Figures of a checkpoint. `bits_per_weight` is over the quantized weights with their scales and zero points,
-    or over all tensors of a model that is not quantized; `coverage` is the quantized share of the blocks' weights."""
+    or over all tensors of a model that is not quantized; `coverage` is the quantized share of the blocks' weights,
+    `left` the others by tensor: its name, with numbers as `*` -> how many weights."""
 
     bits_per_weight: float
     coverage: float
+    left: dict[str, int]
     quantized_parameters: int
     total_parameters: int
     file_bytes: int
@@ -56,10 +59,11 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
     total = quantized + sum(info.elements for info in plain.values())
     counted = parts if layers else {name: info.bytes for name, info in plain.items()}
-    in_blocks = sum(i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n))
+    left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
     return ModelInfo(
         bits_per_weight=8 * sum(counted.values()) / (quantized or total),
-        coverage=quantized / (quantized + in_blocks) if quantized else 0.0,
+        coverage=quantized / (quantized + sum(left.values())) if quantized else 0.0,
+        left=kinds_left(left),
         quantized_parameters=quantized,
         total_parameters=total,
         file_bytes=file_bytes,

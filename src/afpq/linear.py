@@ -39,6 +39,7 @@ class AfpqLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.dtype = dtype or torch.get_default_dtype()  # of `weight`
         for name, (stored, shape) in layout(scheme, out_features, in_features).items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
         if bias:
@@ -47,10 +48,12 @@ class AfpqLinear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> AfpqLinear:
-        """The layer that computes x @ weight.dequantize().T + bias."""
+    def from_weight(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> AfpqLinear:
+        """The layer that computes x @ weight.dequantize().T + bias; `dtype` is that of the weight it replaces."""
         out_features, in_features = weight.codes.shape
-        layer = cls(in_features, out_features, weight.scheme, device="meta")
+        layer = cls(in_features, out_features, weight.scheme, device="meta", dtype=dtype)
         for name, tensor in to_tensors(weight).items():
             layer._buffers[name] = tensor.contiguous()
         if bias is not None:
@@ -83,6 +86,23 @@ class AfpqLinear(nn.Module):
         """The weight, [out_features, in_features]."""
         return self.quantized_weight().dequantize(dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        """`weight`, unpacked anew each time, for code that reads it instead of calling the layer (Mamba's does)."""
+        if name != "weight" or "weight" in self._parameters:
+            return super().__getattr__(name)
+        if self.qweight.is_meta:
+            weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        else:
+            weight = self.dequantize(self.dtype)
+        return weight.T if self.conv1d else weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module's; a place to load `weight` to is no contradiction to the `weight` that is unpacked."""
+        if name == "weight":
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
+
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, bias={bias}"
@@ -91,6 +111,7 @@ class AfpqLinear(nn.Module):
         """Moves everything, but undoes a cast of the scales: rounding them to bfloat16 would change the weights."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:

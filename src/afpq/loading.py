@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
+from afpq.skeleton import model_class
 from afpq.source import open_checkpoint
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model(model: str | Path, trust_remote_code: bool = False, device: str = "auto") -> Any:
-    """A causal language model in evaluation mode on `device`: in its own dtype, but on a CPU in float32.
+    """The model that config.json names, in evaluation mode on `device`: in its own dtype, but on a CPU in float32.
 
     The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects,
     and for a device that cannot be used.
@@ -47,9 +48,10 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
     directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
     if isinstance(keys, dict) and keys.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
         raise AfpqError(f"{model}: quantized by {keys.get('quant_method')!r}, which Transformers cannot load here")
+    config = _guarded(model, lambda: AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code))
     loaded, report = _guarded(
         model,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: model_class(config, trust_remote_code).from_pretrained(
             directory,
             dtype=torch.float32 if place.type == "cpu" else "auto",
             trust_remote_code=trust_remote_code,
@@ -60,6 +62,23 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
     if missing:  # Transformers fills them with random numbers
         raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
     return loaded.to(place).eval()
+
+
+def require_next_token(model: Any) -> None:
+    """Raises AfpqError for a model that does not predict the next token of what it reads, such as an encoder.
+
+    Its logits, if it has any, would give a perplexity that means nothing.
+    """
+    if not generates(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise AfpqError(
+            f"{type(model).__name__} does not predict the next token of the text it reads; "
+            "perplexity and KL are for models that do"
+        )
+
+
+def generates(model: Any) -> bool:
+    """Whether a model, or its skeleton, writes text; taken for granted of code that is not Transformers' own."""
+    return not type(model).__module__.startswith("transformers.models.") or bool(model.can_generate())
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
@@ -83,7 +102,9 @@ def context_length(model: nn.Module) -> int | None:
 
 @torch.no_grad()
 def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """Prompt and its greedy continuation."""
+    """Prompt and its greedy continuation; of an encoder-decoder, its answer. Raises AfpqError for an encoder."""
+    if not generates(model):
+        raise AfpqError(f"{type(model).__name__} does not write text")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise AfpqError("the prompt is empty; give at least one character")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +69,8 @@ def run(plan: Plan, finished: Container[str] = ()) -> Iterator[UnitResult]:
             yield UnitResult(unit, unit_tensors(plan, unit, logs), logs)
 
 
-def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
+def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog], note: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The unit's output tensors, its linears rounded to nearest; `note`: why, where the recipe has another method."""
     for name in unit.tensors:
         if name not in unit.replaced:
             yield name, plan.checkpoint.read(name)
@@ -78,7 +79,7 @@ def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple
                 yield part.output, plan.checkpoint.read_stored(part.stored)
                 continue
             packed, log = _solve_target(plan.checkpoint.read_stored(part.stored), part, plan.recipe)
-            logs.append(log)
+            logs.append(log if note is None else replace(log, method="rtn", note=note))
             yield from ((part.prefix + leaf, value) for leaf, value in packed.items())
             del packed
 

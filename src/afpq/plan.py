@@ -133,15 +133,20 @@ class Plan:
     @property
     def coverage(self) -> float:
         """Share of the blocks' weights (tensors of two and more dimensions) that is quantized."""
-        infos = self.checkpoint.tensors
-        weights = sum(
-            infos[name].elements
+        quantized = sum(t.elements for unit in self.units if unit.name != OUTSIDE for t in unit.targets)
+        return quantized / (quantized + sum(self.left.values()) or 1)
+
+    @property
+    def left(self) -> dict[str, int]:
+        """The blocks' weights that stay as they are: name of the output's tensor -> how many they are."""
+        parts = {target.prefix + part for target in self.targets for part in layout(target.scheme, *target.shape)}
+        return {
+            name: torch.Size(shape).numel()
             for unit in self.units
             if unit.name != OUTSIDE
-            for name in unit.tensors
-            if len(infos[name].shape) > 1
-        )
-        return sum(t.elements for t in self.targets) / weights if weights else 0.0
+            for name, (_, shape) in self.unit_outputs(unit).items()
+            if len(shape) > 1 and name not in parts
+        }
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) -> Plan:

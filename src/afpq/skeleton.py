@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import nn
@@ -35,6 +36,24 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def model_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """What builds and loads the architecture that config.json names: its class, or the Auto class for it.
+
+    Encoders, encoder-decoders and bare models have no Auto class in common. Where a config names no architecture of
+    Transformers, it is taken for a causal language model; where it names code of its own, and that is allowed, for
+    what the Auto class it is listed under makes of it.
+    """
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if trust_remote_code:
+        listed = getattr(config, "auto_map", None) or {}
+        auto = next((key for key, place in listed.items() if str(place).rpartition(".")[2] == name), None)
+        if auto is not None and auto.startswith("AutoModel"):
+            return getattr(transformers, auto)
+    named = getattr(transformers, name, None)
+    known = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    return named if known else AutoModelForCausalLM
+
+
 def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The architecture that config.json names, in evaluation mode: parameters on the meta device, buffers real.
 
@@ -46,12 +65,13 @@ def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrain
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        named = getattr(transformers, (config.architectures or [""])[0], None)
+        named = model_class(config, trust_remote_code)
         with _parameters_on_meta():
-            if named is not None and hasattr(named, "_from_config"):
-                model = named._from_config(config)
-            else:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = (
+                named._from_config(config)
+                if issubclass(named, PreTrainedModel)
+                else named.from_config(config, trust_remote_code=trust_remote_code)
+            )
         unfuse(model)
         return model.eval()
     except Exception as error:  # a config is foreign input: any class of Transformers may stumble over it its own way

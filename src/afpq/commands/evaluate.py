@@ -23,6 +23,7 @@ from afpq.console import (
     check_json_place,
     console,
     errors,
+    print_coverage,
     progress_bar,
     quiet_transformers,
     save_json,
@@ -141,6 +142,8 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
         console.print(f"scheme          {', '.join(schemes)} by {keys.get('method')}")
     console.print(f"bits per weight {result.bits_per_weight:.4f}")
     console.print(f"coverage        {100 * result.coverage:.2f} % of the blocks' weights")
+    if result.quantization_config is not None:
+        print_coverage(result.coverage, result.left)
     console.print(f"parameters      {result.quantized_parameters:,} quantized of {result.total_parameters:,}")
     console.print(f"files           {size_text(result.file_bytes)}")
     save_json(json, result.to_json())

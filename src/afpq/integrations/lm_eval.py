@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from afpq.errors import AfpqError
-from afpq.loading import load_model, load_tokenizer
+from afpq.loading import generates, load_model, load_tokenizer
 
 T = TypeVar("T")
 
@@ -78,7 +78,12 @@ class TaskRun:
             self.objects = [task for name in names for task in _load(self.manager, name, self.options)]
 
     def run(self, model: Any, tokenizer: Any) -> dict[str, TaskResult]:
-        """Results by task and group, of a loaded model where it is. Raises AfpqError if the harness stops."""
+        """Results by task and group, of a loaded model where it is.
+
+        Raises AfpqError if the harness stops, and for a model that does not write text, such as an encoder.
+        """
+        if not generates(model):
+            raise AfpqError(f"{type(model).__name__} does not write text; the tasks need a model that does")
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from afpq.blocks import conv1d_linears, find_blocks, replace_module
 from afpq.config import QUANT_METHOD, config_from_json, config_to_json, is_kept
+from afpq.coverage import warn_of_left
 from afpq.errors import AfpqError
 from afpq.experts import BIAS, AfpqExperts, all_or_none, expert_form, fuse_experts, split_experts
 from afpq.groups import QuantizedWeight
@@ -94,17 +95,18 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         self.failures: list[AfpqError] = []
         recipe, kept = self.quantization_config.recipe()
+        self.blocks = [block.name for block in find_blocks(model)]
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
-        located = Located(headers, model)
+        located, self.leaves = Located(headers, model), Names(model).leaves()
 
         def scheme_of(name: str) -> Scheme | None:
             saved = _saved_name(name, located)
             return None if is_kept(saved, kept) else recipe.scheme_for(saved)
 
         # A saved model lists every linear it kept; the blocks matter only while deciding.
-        places = [""] if self.pre_quantized else [f"{block.name}." for block in find_blocks(model)]
+        places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
         inside = [(name, m) for name, m in _convertible(model) if any(name.startswith(place) for place in places)]
         for name, module in inside:
             self._convert(model, name, module, scheme_of)
@@ -122,7 +124,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, name: str, module: nn.Module, scheme_of: Callable[[str], Scheme | None]
     ) -> None:
         """Put what the module becomes in its place; with a place to load its weights to, where they are not packed."""
-        form = expert_form(module, Names(model).leaves())
+        form = expert_form(module, self.leaves)
         if form is None:
             layer = _empty_layer(module, scheme_of(name))
             if layer is not None:
@@ -153,6 +155,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             if isinstance(module, AfpqLinear):
                 module.prepare()
+        if not self.pre_quantized:
+            warn_of_left(model, self.blocks)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
