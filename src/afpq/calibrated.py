@@ -35,9 +35,10 @@ from afpq.calibrate import (
 )
 from afpq.errors import AfpqError
 from afpq.groups import QuantizedWeight, encode, with_grid
+from afpq.head import head_moments, rounded_embedding, solve_in_parts
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, UnitResult, relative_error, unit_tensors
-from afpq.plan import OUTSIDE, Plan, Target, Unit
+from afpq.plan import HEAD, OUTSIDE, Plan, Target, Unit
 from afpq.scheme import METHODS, Recipe
 from afpq.transforms import awq_scale
 
@@ -58,7 +59,8 @@ def run_calibrated(
     runner = _Runner(plan, model, calibration)
     for unit in plan.units:
         if unit.name == OUTSIDE and unit.name not in finished:
-            yield UnitResult(unit, unit_tensors(plan, unit, []), [])
+            logs: list[LayerLog] = []
+            yield UnitResult(unit, unit_tensors(plan, unit, logs), logs)
     runner.capture(fresh=runner.blocks[0].name not in finished)
     units = {unit.name: unit for unit in plan.units}
     for index, block in enumerate(runner.blocks):
@@ -66,6 +68,8 @@ def run_calibrated(
             tensors, logs = runner.run_block(index, units[block.name])
             yield UnitResult(units[block.name], iter(tensors.items()), logs)
         runner.forget(index)
+    if HEAD in units and HEAD not in finished:
+        yield runner.run_head(units[HEAD])
 
 
 class _Runner:
@@ -100,6 +104,10 @@ class _Runner:
                 store.tensor[rows] = hidden.float()
 
         self.calls = capture(self.model, self.blocks, self.windows, write)
+        if fresh and self.recipe.embedding is not None:
+            del stores[1:]  # the float model's states are complete
+            with rounded_embedding(self.model, self.recipe):
+                capture(self.model, self.blocks, self.windows, write)
 
     def _fill_outside(self) -> None:
         """Load the parameters the model needs before its blocks; the head stays on the meta device."""
@@ -114,6 +122,15 @@ class _Runner:
             parent, _, leaf = name.rpartition(".")
             value = self.plan.checkpoint.read(self.plan.names[name]).float()
             setattr(self.model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+    def run_head(self, unit: Unit) -> UnitResult:
+        """Quantize the head, from what leaves the last block."""
+        (target,) = unit.targets.values()
+        last = len(self.blocks)
+        streams, weight = [self.states(kind, last) for kind in self.kinds()], self.plan.checkpoint.read(target.tensor)
+        moments = head_moments(self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device)
+        tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)
+        return UnitResult(unit, ((target.prefix + part, tensor) for part, tensor in tensors.items()), [log])
 
     def forget(self, index: int) -> None:
         """A finished block's inputs are not needed any more."""

@@ -75,6 +75,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes[..., :count]
 
 
+def codes_at(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """Codes at some places of the last dimension: uint8 [..., bytes], int64 [n] -> uint8 [..., n]."""
+    first = index * bits
+    low = packed.index_select(-1, first // 8).int()
+    high = packed.index_select(-1, (first // 8 + 1).clamp(max=packed.shape[-1] - 1)).int()  # of 3 bits, some lie in two
+    return ((low | high << 8) >> first % 8 & (1 << bits) - 1).to(torch.uint8)
+
+
 def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spec]:
     """Name -> (dtype, shape) of every tensor saved for a weight [out_features, in_features].
 

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from afpq.blocks import find_blocks, find_linears
+from afpq.ends import Ends, settle_recipe
 from afpq.errors import AfpqError
 from afpq.packing import Spec, layout, spec_bytes
 from afpq.scheme import Recipe, Scheme
-from afpq.source import Checkpoint, find_tensor
+from afpq.source import Checkpoint, differ, find_tensor
 
 OUTSIDE = "outside the blocks"
+HEAD = "the output head"  # a unit of its own where it is quantized: last, since what it reads is known last
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,16 +49,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors handled together: a block, or what stands outside of all blocks."""
+    """Tensors handled together: a block, what stands outside of all blocks, or the head."""
 
     name: str
     tensors: tuple[str, ...]
     targets: dict[str, Target]  # by tensor
 
+    @property
+    def in_blocks(self) -> bool:
+        return self.name not in (OUTSIDE, HEAD)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does to a checkpoint."""
+    """What a recipe does to a checkpoint; of a tied head and embedding, the recipe has one scheme for both."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -67,6 +73,16 @@ class Plan:
     @property
     def targets(self) -> list[Target]:
         return [target for unit in self.units for target in unit.targets.values()]
+
+    @property
+    def block_targets(self) -> list[Target]:
+        """Those inside the blocks."""
+        return [target for unit in self.units if unit.in_blocks for target in unit.targets.values()]
+
+    @property
+    def end_targets(self) -> list[Target]:
+        """The embedding and the head, where they are quantized; one for both where they are tied."""
+        return [target for unit in self.units if not unit.in_blocks for target in unit.targets.values()]
 
     def outputs(self) -> dict[str, Spec]:
         """Name -> (dtype, shape) of every tensor of the output, in order."""
@@ -95,8 +111,14 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of a quantized weight: codes, scales and zero points."""
-        return 8 * sum(t.bytes for t in self.targets) / sum(t.elements for t in self.targets)
+        """True bits of a quantized weight of the blocks (of the ends where nothing else is): codes, scales, zero points."""
+        targets = self.block_targets or self.targets
+        return 8 * sum(t.bytes for t in targets) / sum(t.elements for t in targets)
+
+    @property
+    def file_bits_per_weight(self) -> float:
+        """Bits of everything that is saved, over the weights of the original."""
+        return 8 * self.output_bytes / sum(info.elements for info in self.checkpoint.tensors.values())
 
     @property
     def coverage(self) -> float:
@@ -105,11 +127,11 @@ class Plan:
         weights = sum(
             infos[name].elements
             for unit in self.units
-            if unit.name != OUTSIDE
+            if unit.in_blocks
             for name in unit.tensors
             if len(infos[name].shape) > 1
         )
-        return sum(t.elements for t in self.targets) / weights if weights else 0.0
+        return sum(t.elements for t in self.block_targets) / weights if weights else 0.0
 
 
 def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
@@ -122,6 +144,8 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
     if method is not None:
         raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model")
     names = _tensor_names(checkpoint, model)
+    base = getattr(model, "base_model_prefix", "")
+    recipe, ends = settle_recipe(model, recipe, lambda a, b: differ(checkpoint.tensors, a, b, base))
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
     if absent and len(absent) < len(linears):
@@ -135,18 +159,40 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
         if scheme is not None and tensor is not None:
             targets[tensor] = _target(checkpoint, module, linear, tensor, scheme)
             kept.discard(module)
+    ends_found, head = _end_targets(checkpoint, model, ends, recipe)
+    targets |= ends_found
+    kept -= ends.schemes(recipe).keys()
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
-    return Plan(checkpoint, recipe, _units(checkpoint, model, names, targets), tuple(sorted(kept)), names)
+    units = _units(checkpoint, model, names, targets, head)
+    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names)
 
 
-def _target(checkpoint: Checkpoint, module: str, linear: nn.Linear, tensor: str, scheme: Scheme) -> Target:
-    info, expected = checkpoint.tensors[tensor], (linear.out_features, linear.in_features)
+def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, tensor: str, scheme: Scheme) -> Target:
+    info, expected = checkpoint.tensors[tensor], tuple(layer.get_parameter("weight").shape)
     if info.shape != expected:
         raise AfpqError(f"{info.file}: tensor {tensor} has shape {info.shape}; the config says {expected}")
     if info.dtype not in FLOATS:
         raise AfpqError(f"{info.file}: tensor {tensor} is {info.dtype}; expected float32, bfloat16 or float16")
     return Target(module, tensor, scheme, expected)
+
+
+def _end_targets(
+    checkpoint: Checkpoint, model: nn.Module, ends: Ends, recipe: Recipe
+) -> tuple[dict[str, Target], str | None]:
+    """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
+    targets: dict[str, Target] = {}
+    head = None
+    for module, scheme in ends.schemes(recipe).items():
+        weight = f"{module}.weight"
+        tensor = find_tensor(checkpoint.tensors, weight, getattr(model, "base_model_prefix", ""))
+        head = tensor if module == ends.head else head
+        if ends.tied and module == ends.head:
+            continue
+        if tensor is None:
+            raise AfpqError(f"{checkpoint.directory}: {weight} is not stored under this name; it cannot be quantized")
+        targets[tensor] = _target(checkpoint, module, model.get_submodule(module), tensor, scheme)
+    return targets, head
 
 
 def _tensor_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
@@ -169,14 +215,20 @@ def _tensor_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
 
 
 def _units(
-    checkpoint: Checkpoint, model: nn.Module, names: dict[str, str], targets: dict[str, Target]
+    checkpoint: Checkpoint, model: nn.Module, names: dict[str, str], targets: dict[str, Target], head: str | None
 ) -> tuple[Unit, ...]:
-    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix."""
+    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix.
+
+    `head` is the tensor of a head to be quantized: the last unit, or dropped where it repeats a tied embedding.
+    """
     module_names = {tensor: name for name, tensor in names.items()}
     blocks = [block.name for block in find_blocks(model)]
     members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
     known = set(blocks)
+    members[HEAD] = [head] if head in targets else []
     for tensor in checkpoint.tensors:
+        if tensor == head:
+            continue
         path = module_names.get(tensor, tensor).split(".")
         parents = (".".join(path[:length]) for length in range(1, len(path)))
         members[next((parent for parent in parents if parent in known), OUTSIDE)].append(tensor)

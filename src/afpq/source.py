@@ -58,12 +58,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
-        info = self.tensors[name]
-        try:
-            with safe_open(info.file, "pt") as file:
-                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
-        except (OSError, SafetensorError) as error:
-            raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
+        return _read(self.tensors[name], name)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Some rows of a matrix, [len(rows), in]; nothing else of it is read. Raises as `read` does."""
@@ -82,6 +77,14 @@ class Checkpoint:
         for path in sorted(found):
             if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
                 yield path
+
+
+def _read(info: TensorInfo, name: str) -> Tensor:
+    try:
+        with safe_open(info.file, "pt") as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+    except (OSError, SafetensorError) as error:
+        raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -146,6 +149,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def find_tensor(tensors: Mapping[str, TensorInfo], name: str, base: str) -> str | None:
     """The checkpoint's name of the model's tensor `name`; they may differ by the base model's prefix `base`."""
     return next((n for n in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if n in tensors), None)
+
+
+def differ(tensors: Mapping[str, TensorInfo], name: str, other: str, base: str) -> bool:
+    """Whether a checkpoint holds both of the model's tensors, and not the same values. Raises as `read` does."""
+    found = [find_tensor(tensors, n, base) for n in (name, other)]
+    if found[0] is None or found[1] is None or found[0] == found[1]:
+        return False
+    values = [_read(tensors[n], n) for n in found if n is not None]
+    return not torch.equal(*values)
 
 
 def require_tensor(

@@ -12,6 +12,7 @@ as uninitialized memory, with a warning at most.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from afpq.blocks import find_linears, replace_module
-from afpq.config import QUANT_METHOD, config_from_json, config_to_json, is_kept
+from afpq.config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json, is_kept
+from afpq.embedding import AfpqEmbedding, AfpqTiedHead
+from afpq.ends import Ends, find_ends, retie, settle_recipe, untie
 from afpq.errors import AfpqError
-from afpq.linear import AfpqLinear
+from afpq.linear import AfpqLinear, PackedModule
 from afpq.packing import layout, to_tensors
 from afpq.pipeline import solve
 from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Recipe
-from afpq.source import TensorInfo, find_tensor, require_tensor, tensor_headers
+from afpq.source import TensorInfo, differ, find_tensor, require_tensor, tensor_headers
 
 
 class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -38,8 +41,9 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     bits (2, 3, 4, 8) picks the normal-float format of that width unless `format` names one; `sym=False` means a
     scale for each sign (a zero point for integer formats). `modules_to_not_convert` holds names or patterns of
-    modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. Raises AfpqError for
-    values that make no sense.
+    modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. The output head and the
+    embedding stay as they are unless `lm_head` and `embedding` say how to store them: a scheme's text, its keys, or
+    "same" as the rest; tied ones are one weight. Raises AfpqError for values that make no sense.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scale_search: str = "absmax",
         modules_to_not_convert: list[str] | None = None,
         dynamic: dict[str, Any] | None = None,
+        lm_head: dict[str, Any] | str | None = None,
+        embedding: dict[str, Any] | str | None = None,
         **extra: Any,
     ) -> None:
         keys = {name: value for name, value in locals().items() if name not in ("self", "extra", "__class__")}
@@ -94,12 +100,13 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         # A saved model lists every linear it kept; the blocks matter only while deciding.
+        recipe, ends = self._settle(model, recipe, headers)
         candidates = _all_linears(model) if self.pre_quantized else find_linears(model)
         converted: set[str] = set()
         for name, linear in candidates:
             saved = _saved_name(name, headers, model.base_model_prefix)
             scheme = recipe.scheme_for(saved)
-            if scheme is None or is_kept(saved, kept):
+            if scheme is None or is_kept(saved, kept) or name in ends.schemes(recipe):
                 continue
             layer = AfpqLinear(
                 linear.in_features, linear.out_features, scheme, linear.bias is not None, "meta", linear.weight.dtype
@@ -108,6 +115,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.weight = linear.weight  # a place to load to, replaced by `convert`
             replace_module(model, name, layer)
             converted.add(name)
+        converted |= self._swap_ends(model, ends, recipe, kept)
         if not converted:
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
         if self.pre_quantized:
@@ -116,31 +124,74 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             rest = {name for name, _ in _all_linears(model)}
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
+            self.quantization_config.__dict__.update(ends_to_json(recipe))
+
+    def _settle(
+        self, model: PreTrainedModel, recipe: Recipe, headers: Mapping[str, TensorInfo]
+    ) -> tuple[Recipe, Ends]:
+        """The recipe with its schemes of the ends, and the ends, which are tied unless the checkpoint has them apart."""
+        base = model.base_model_prefix
+        if not self.pre_quantized:
+            return settle_recipe(model, recipe, lambda a, b: differ(headers, a, b, base))
+        ends = find_ends(model)
+        apart = any(find_tensor(headers, f"{ends.head}.{part}", base) for part in ("weight", "qweight"))
+        return recipe, replace(ends, tied=ends.tied and not apart)
+
+    def _swap_ends(self, model: PreTrainedModel, ends: Ends, recipe: Recipe, kept: list[str]) -> set[str]:
+        """Packed modules for the embedding and the head, where the recipe has schemes for them."""
+        schemes = ends.schemes(recipe)
+        for name, scheme in schemes.items():
+            if is_kept(name, kept):
+                raise AfpqError(f"{name}: has a scheme, and is in modules_to_not_convert; drop one of the two")
+            old = model.get_submodule(name)
+            new: PackedModule
+            weight = old.weight
+            if isinstance(old, nn.Embedding):
+                new = AfpqEmbedding(old, scheme, "meta")
+            elif ends.tied:
+                table = model.get_submodule(ends.embedding or "")
+                assert isinstance(table, AfpqEmbedding)
+                new = AfpqTiedHead(table, old.bias)
+            else:
+                new = AfpqLinear(weight.shape[1], len(weight), scheme, old.bias is not None, "meta", weight.dtype)
+            if not self.pre_quantized and not isinstance(new, AfpqTiedHead):
+                new.weight = weight
+            replace_module(model, name, new)
+        untie(model, schemes)
+        return set(schemes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
         for name, module in model.named_modules():
-            if not isinstance(module, AfpqLinear):
+            if not isinstance(module, PackedModule):
                 continue
             if "weight" in module._parameters:
                 raise AfpqError(
                     f"{name}.weight: not in the checkpoint, or not under this name; list it as not to convert"
                 )
-            module.prepare()
+            module.settle() if isinstance(module, AfpqEmbedding) else module.prepare()
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(parent), AfpqLinear)
+        return name == "weight" and isinstance(model.get_submodule(parent), PackedModule)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dtype = dtype or torch.float32
         for name, module in list(model.named_modules()):
-            if isinstance(module, AfpqLinear):
-                replace_module(model, name, _plain_linear(module, dtype or torch.float32))
+            if isinstance(module, AfpqEmbedding):
+                replace_module(model, name, module.plain(dtype))
+            elif isinstance(module, AfpqTiedHead):
+                linear = _plain_linear(module, dtype)
+                linear.weight = model.get_input_embeddings().weight
+                replace_module(model, name, linear)
+                retie(model)
+            elif isinstance(module, AfpqLinear):
+                replace_module(model, name, _plain_linear(module, dtype))
         return model
 
 
@@ -159,7 +210,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             weight = value[0] if isinstance(value, list) else value
             prefix = str(name).removesuffix("weight")
             layer = model.get_submodule(prefix.removesuffix("."))
-            assert isinstance(layer, AfpqLinear)
+            assert isinstance(layer, PackedModule)
             try:
                 solved = solve(name, weight, layer.scheme, self.quantizer.quantization_config.recipe()[0])
             except AfpqError as error:
@@ -194,11 +245,14 @@ def _saved_name(name: str, headers: Mapping[str, TensorInfo], base: str) -> str:
 def _check_headers(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> None:
     """Every tensor of every AfpqLinear is in the checkpoint, with its dtype and shape; else AfpqError names it."""
     for name, module in model.named_modules():
-        if not isinstance(module, AfpqLinear):
+        if not isinstance(module, PackedModule):
             continue
-        for part, (dtype, shape) in layout(module.scheme, module.out_features, module.in_features).items():
-            require_tensor(infos, f"{name}.{part}", model.base_model_prefix, dtype, shape)
-        if module.bias is not None and find_tensor(infos, f"{name}.bias", model.base_model_prefix) is None:
+        if not isinstance(module, AfpqTiedHead):
+            for part, (dtype, shape) in layout(module.scheme, module.rows, module.columns).items():
+                require_tensor(infos, f"{name}.{part}", model.base_model_prefix, dtype, shape)
+        if getattr(module, "bias", None) is None or f"{name}.bias" in model.all_tied_weights_keys:
+            continue
+        if find_tensor(infos, f"{name}.bias", model.base_model_prefix) is None:
             raise AfpqError(f"tensor {name}.bias is not in the checkpoint; its files or its config are incomplete")
 
 
