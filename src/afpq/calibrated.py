@@ -57,6 +57,8 @@ def run_calibrated(
 ) -> Iterator[UnitResult]:
     """Each unit of the plan in order, but for the finished ones; `model` is the skeleton the plan was made with."""
     runner = _Runner(plan, model, calibration)
+    if not runner.blocks:
+        raise AfpqError("no blocks to run one after the other; use --method rtn")
     for unit in plan.units:
         if unit.name == OUTSIDE and unit.name not in finished:
             logs: list[LayerLog] = []
@@ -129,7 +131,8 @@ class _Runner:
         last = len(self.blocks)
         streams, weight = [self.states(kind, last) for kind in self.kinds()], self.plan.checkpoint.read(target.tensor)
         moments = head_moments(self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device)
-        tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)
+        with _named(target.tensor):
+            tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)
         return UnitResult(unit, ((target.prefix + part, tensor) for part, tensor in tensors.items()), [log])
 
     def forget(self, index: int) -> None:

@@ -116,9 +116,11 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
     skip = [key.removeprefix("-:") for key in dynamic if key.startswith("-:")]
     positive = {key: value for key, value in dynamic.items() if not key.startswith("-:")}
     overrides = [(key.removeprefix("+:"), scheme_from_json(positive[key], scheme)) for key in _ranked(positive)]
-    ends = {end: _end_from_json(keys.get(end), scheme) for end in ENDS}
+    head, embedding = (_end_from_json(keys.get(end), scheme) for end in ENDS)
     search = keys.get("scale_search")
-    return Recipe(scheme, keys.get("method") or "rtn", search, tuple(skip), tuple(overrides), **ends), names
+    return Recipe(
+        scheme, keys.get("method") or "rtn", search, tuple(skip), tuple(overrides), lm_head=head, embedding=embedding
+    ), names
 
 
 def _end_from_json(value: Any, scheme: Scheme) -> Scheme | None:

@@ -38,6 +38,9 @@ class Ends:
         return {name: scheme for name, scheme in chosen if name is not None and scheme is not None}
 
 
+NO_ENDS = Ends(None, None, False)
+
+
 def find_ends(model: nn.Module) -> Ends:
     """Of a model of Transformers, by its own account; of any other module none."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -66,6 +69,15 @@ def _readers(model: nn.Module, weight: str) -> set[str]:
     return {name for pair in tied.items() if source in pair for name in pair} - {weight}
 
 
+def saved_ends(model: nn.Module, stored: Callable[[str], bool]) -> Ends:
+    """Of a model already quantized; `stored` tells whether its checkpoint has a tensor.
+
+    A head that was tied has none; one with tensors of its own is tied no more, whatever the config says.
+    """
+    ends = find_ends(model)
+    return replace(ends, tied=ends.tied and not any(stored(f"{ends.head}.{part}") for part in ("weight", "qweight")))
+
+
 def settle_recipe(
     model: nn.Module, recipe: Recipe, differ: Callable[[str, str], bool] = lambda _a, _b: False
 ) -> tuple[Recipe, Ends]:
@@ -89,13 +101,17 @@ def settle_recipe(
     for name in ends.schemes(recipe):
         pattern = next((p for p in recipe.skip if re.search(p, name)), None)
         if pattern is not None:
-            raise AfpqError(f"{name}: to be quantized (--lm-head or --embedding) and to be skipped (--skip {pattern!r})")
+            raise AfpqError(
+                f"{name}: to be quantized (--lm-head or --embedding) and to be skipped (--skip {pattern!r})"
+            )
     if recipe.embedding is not None and ends.embedding is not None:
         lookup = model.get_submodule(ends.embedding)
         if ends.sharers:
             raise AfpqError(f"{ends.embedding}: its weight also serves {ends.sharers[0]}; such a table stays as it is")
         if isinstance(lookup, nn.Embedding) and not scales_its_rows(lookup):
-            raise AfpqError(f"{ends.embedding}: {type(lookup).__name__} does more than to scale its rows; not supported")
+            raise AfpqError(
+                f"{ends.embedding}: {type(lookup).__name__} does more than to scale its rows; not supported"
+            )
     return recipe, ends
 
 
@@ -141,7 +157,8 @@ def scales_its_rows(lookup: nn.Embedding) -> bool:
         trial = copy.copy(lookup)
         trial._parameters, trial.padding_idx = {"weight": nn.Parameter(row, False)}, None
         trial._buffers = {name: buffer for name, buffer in lookup._buffers.items() if name != "weight"}
-        return trial(torch.zeros(1, dtype=torch.long, device=row.device)).float()
+        found: Tensor = trial(torch.zeros(1, dtype=torch.long, device=row.device))
+        return found.float()
 
     device = next((b.device for b in lookup.buffers() if not b.is_meta), torch.device("cpu"))
     ones = torch.ones(1, lookup.embedding_dim, device=device)

@@ -113,8 +113,8 @@ def solve_in_parts(
 
 def _joined_log(logs: list[LayerLog], weights: list[float], outputs: list[float], target: Target) -> LayerLog:
     def mean(name: str, sizes: list[float]) -> float | None:
-        values = [getattr(log, name) for log in logs]
-        if any(value is None for value in values):
+        values: list[float] = [value for log in logs if (value := getattr(log, name)) is not None]
+        if len(values) < len(logs):
             return None
         return sum(v * s for v, s in zip(values, sizes)) / (sum(sizes) or 1.0)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from afpq.blocks import find_blocks, find_linears
-from afpq.ends import Ends, settle_recipe
+from afpq.ends import NO_ENDS, Ends, settle_recipe
 from afpq.errors import AfpqError
 from afpq.packing import Spec, layout, spec_bytes
 from afpq.scheme import Recipe, Scheme
@@ -69,6 +69,7 @@ class Plan:
     units: tuple[Unit, ...]
     kept: tuple[str, ...]  # names of the linears left as they are
     names: dict[str, str]  # name of a tensor in the model -> in the checkpoint
+    ends: Ends = NO_ENDS
 
     @property
     def targets(self) -> list[Target]:
@@ -83,6 +84,10 @@ class Plan:
     def end_targets(self) -> list[Target]:
         """The embedding and the head, where they are quantized; one for both where they are tied."""
         return [target for unit in self.units if not unit.in_blocks for target in unit.targets.values()]
+
+    def end_words(self, target: Target) -> str:
+        """An end's name, and the other's where they are one."""
+        return f"{target.module} (and {self.ends.head}, tied to it)" if self.ends.tied else target.module
 
     def outputs(self) -> dict[str, Spec]:
         """Name -> (dtype, shape) of every tensor of the output, in order."""
@@ -111,7 +116,7 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of a quantized weight of the blocks (of the ends where nothing else is): codes, scales, zero points."""
+        """True bits of a quantized weight of the blocks, or of the ends where there is no other."""
         targets = self.block_targets or self.targets
         return 8 * sum(t.bytes for t in targets) / sum(t.elements for t in targets)
 
@@ -165,11 +170,12 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
     units = _units(checkpoint, model, names, targets, head)
-    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names)
+    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends)
 
 
 def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, tensor: str, scheme: Scheme) -> Target:
-    info, expected = checkpoint.tensors[tensor], tuple(layer.get_parameter("weight").shape)
+    rows, columns = layer.get_parameter("weight").shape
+    info, expected = checkpoint.tensors[tensor], (rows, columns)
     if info.shape != expected:
         raise AfpqError(f"{info.file}: tensor {tensor} has shape {info.shape}; the config says {expected}")
     if info.dtype not in FLOATS:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from afpq.checkpoint import digest
+from afpq.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.errors import AfpqError
 from afpq.kernels import set_compute
-from afpq.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.linear import AfpqLinear, PackedModule
 from afpq.loading import load_model, quiet_transformers
 from afpq.memory import available_memory

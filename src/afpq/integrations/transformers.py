@@ -12,7 +12,6 @@ as uninitialized memory, with a warning at most.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from afpq.blocks import find_linears, replace_module
 from afpq.config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json, is_kept
 from afpq.embedding import AfpqEmbedding, AfpqTiedHead
-from afpq.ends import Ends, find_ends, retie, settle_recipe, untie
+from afpq.ends import Ends, retie, saved_ends, settle_recipe, untie
 from afpq.errors import AfpqError
 from afpq.linear import AfpqLinear, PackedModule
 from afpq.packing import layout, to_tensors
@@ -126,16 +125,12 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
             self.quantization_config.__dict__.update(ends_to_json(recipe))
 
-    def _settle(
-        self, model: PreTrainedModel, recipe: Recipe, headers: Mapping[str, TensorInfo]
-    ) -> tuple[Recipe, Ends]:
-        """The recipe with its schemes of the ends, and the ends, which are tied unless the checkpoint has them apart."""
+    def _settle(self, model: PreTrainedModel, recipe: Recipe, headers: Mapping[str, TensorInfo]) -> tuple[Recipe, Ends]:
+        """The recipe with its schemes of the ends, and the ends: tied unless the checkpoint has them apart."""
         base = model.base_model_prefix
         if not self.pre_quantized:
             return settle_recipe(model, recipe, lambda a, b: differ(headers, a, b, base))
-        ends = find_ends(model)
-        apart = any(find_tensor(headers, f"{ends.head}.{part}", base) for part in ("weight", "qweight"))
-        return recipe, replace(ends, tied=ends.tied and not apart)
+        return recipe, saved_ends(model, lambda name: find_tensor(headers, name, base) is not None)
 
     def _swap_ends(self, model: PreTrainedModel, ends: Ends, recipe: Recipe, kept: list[str]) -> set[str]:
         """Packed modules for the embedding and the head, where the recipe has schemes for them."""
