@@ -42,7 +42,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., n] of values < 2^bits -> uint8 [..., packed_size(n, bits)]."""
     unit = _UNIT[bits][0]
     codes = pad(codes, (0, -codes.shape[-1] % unit)).contiguous()
-    if codes.storage_offset() % 8:  # cannot be viewed as wider integers
+    if not torch.compiler.is_compiling() and codes.storage_offset() % 8:  # cannot be viewed as wider integers
         codes = codes.clone()
     rows = codes.shape[:-1]
     if bits == 4:
