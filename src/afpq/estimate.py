@@ -11,6 +11,7 @@ import torch
 
 from afpq.algorithms import quantize_rtn
 from afpq.calibrate import BATCH_TOKENS
+from afpq.head import PART
 from afpq.plan import OUTSIDE, Plan, Target
 from afpq.scheme import METHODS
 from afpq.search import RATIOS
@@ -46,6 +47,7 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     moments = (8 if method.solver == "gptq" else 2) * 4 * widest**2
     batch = 6 * 4 * BATCH_TOKENS * widest  # what a forward pass holds, in float32
     memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + batch
+    memory += max((8 * t.elements + 24 * min(t.elements, PART) for t in plan.end_targets), default=0)
     states = 4 * windows[0] * windows[1] * width
     flops = _calibration_flops(plan, windows[0] * windows[1], beside)
     if method.transform == "awq":
