@@ -607,3 +607,43 @@ def test_two_scales_beat_one_and_integers_on_a_real_model(cli: Cli, shared: Path
     for group in ("64", "128"):
         assert perplexity[f"nf3-asym-g{group}"] < perplexity[f"nf3-sym-g{group}"], perplexity
         assert perplexity[f"nf3-asym-g{group}"] < perplexity[f"int3-asym-g{group}"], perplexity
+
+
+@pytest.mark.parametrize(
+    ("words", "schemes"),
+    [
+        (["--lm-head"], ["nf4-asym-g64-log8"]),
+        (["--lm-head", "--sym"], ["nf4-sym-g64-log8"]),
+        (["--lm-head", "int8-sym-g32"], ["int8-sym-g32"]),
+        (["--embedding", "--lm-head", "nf3-asym-g32"], ["nf4-asym-g64-log8", "nf3-asym-g32"]),
+    ],
+    ids=" ".join,
+)
+def test_the_ends_are_quantized_where_asked(
+    cli: Cli, tiny_model_dir: Path, tmp_path: Path, words: list[str], schemes: list[str]
+) -> None:
+    out, file = str(tmp_path / "out"), tmp_path / "info.json"
+    done = cli("quantize", str(tiny_model_dir), out, *words)
+    assert done.code == 0, done.err
+    assert all(f"as {scheme}" in done.out for scheme in schemes)
+    assert cli("info", out, "--json", str(file)).code == 0
+    info = json.loads(file.read_text())
+    found = [layer["scheme"] for layer in info["layers"] if layer["name"] in info["ends"]]
+    assert found == schemes
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--lm-head", "nf4"], "scheme 'nf4'"),
+        (["--lm-head", "--skip", "lm_head"], "lm_head: to be quantized"),
+        (["--embedding", "int8-sym-g0"], "group size 0"),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_choice_for_an_end_is_one_line(
+    cli: Cli, tiny_model_dir: Path, tmp_path: Path, words: list[str], reason: str
+) -> None:
+    done = cli("quantize", str(tiny_model_dir), str(tmp_path / "out"), *words)
+    assert_refused(done, reason)
+    assert not (tmp_path / "out").exists()

@@ -129,7 +129,7 @@ def test_dynamic_follows_gptqmodel() -> None:
     assert recipe.scheme_for("model.layers.0.mlp.down_proj") is None
 
 
-@pytest.mark.parametrize("version", [0, 2, 1.5, "1", "latest"], ids=repr)
+@pytest.mark.parametrize("version", [0, 3, 1.5, "1", "latest"], ids=repr)
 def test_another_version_is_an_error(version: object) -> None:
     with pytest.raises(AfpqError, match="version"):
         config_from_json({"version": version})

@@ -188,3 +188,11 @@ def test_threads_are_as_before(tiny_model_dir: Path) -> None:
     threads = torch.get_num_threads()
     inspect_model(tiny_model_dir, SMALL)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("tied", "ends"), [(False, {"model.embed_tokens", "lm_head"}), (True, {"model.embed_tokens"})])
+def test_the_ends_shares(make_model: ModelMaker, tmp_path: Path, tied: bool, ends: set[str]) -> None:
+    found = inspect_model(make_model(tmp_path / "model", tie_word_embeddings=tied))
+    total = 2 * (2 * (64 * 64 + 32 * 64) + 3 * 64 * 96) + 5 * 64 + (1 if tied else 2) * 256 * 64
+    assert set(found.ends) == ends
+    assert all(share == pytest.approx(256 * 64 / total) for share in found.ends.values())

@@ -14,6 +14,8 @@ from afpq import kernels
 from afpq.algorithms import quantize_rtn
 from afpq.formats import FORMATS, custom_format
 from afpq.groups import QuantizedWeight
+from afpq.kernels import reference
+from afpq.kernels.packed import Packed
 from afpq.linear import AfpqLinear
 from afpq.packing import to_tensors
 from afpq.scheme import Scheme, parse_scheme
@@ -153,3 +155,16 @@ def test_shapes_without_data(kind: str) -> None:
         weight = [mode.from_tensor(t) if t is not None else None for t in layer._scale_buffers()]
         back = kernels.dequantize(mode.from_tensor(layer.qweight), *weight, *book_operands(scheme), 50, torch.float16)
         assert back.shape == (6, 50) and back.dtype == torch.float16
+
+
+@pytest.mark.parametrize("text", ["int8-sym-g64", "int8-asym-g64", "int3-asym-g32", "nf3-asym-g32-log8"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_reference_unpacks_a_large_weight_in_parts(text: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = AfpqLinear.from_weight(quantize_rtn(torch.randn(45, 96), parse_scheme(text)))
+    book = layer.scheme.format
+    weight = Packed(layer.qweight, *layer._scale_buffers(), list(book.values), book.bits, layer.scheme.group_size)
+    x, b = torch.randn(2, 3, 96), torch.randn(45) if bias else None
+    whole = reference.linear(x, weight, b)
+    monkeypatch.setattr(reference, "PART_ON_CPU", 16 * 96)
+    torch.testing.assert_close(reference.linear(x, weight, b), whole, rtol=1e-5, atol=1e-5)

@@ -321,7 +321,7 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(saved_copy: Path) -> 
         load(saved_copy)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None], ids=str)
+@pytest.mark.parametrize("version", [0, 3, 99, "1", None], ids=str)
 def test_an_unknown_version_is_an_error(saved_copy: Path, version: Any) -> None:
     edit_keys(saved_copy, version=version)
     with pytest.raises(AfpqError, match="version"):

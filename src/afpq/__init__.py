@@ -2,6 +2,7 @@
 """afpq: 3- and 4-bit weights with a scale for each sign. Importing it registers the Transformers plug-in."""
 
 from afpq.api import CalibrationSettings, quantize
+from afpq.embedding import AfpqEmbedding
 from afpq.errors import AfpqError
 from afpq.formats import Format, custom_format, parse_format
 from afpq.groups import QuantizedWeight
@@ -13,6 +14,7 @@ from afpq.version import __version__
 
 __all__ = [
     "AfpqConfig",
+    "AfpqEmbedding",
     "AfpqError",
     "AfpqLinear",
     "CalibrationSettings",

@@ -28,7 +28,7 @@ from afpq.loading import load_tokenizer, window_length
 from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan, make_plan
-from afpq.scheme import DEFAULT_SCHEME, METHODS, Recipe, Scheme, parse_scheme
+from afpq.scheme import DEFAULT_SCHEME, METHODS, Recipe, Scheme, parse_scheme, scheme_of_end
 from afpq.selftest import check_reloaded, check_tensors
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
@@ -170,16 +170,20 @@ def quantize(
     resume: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    lm_head: str | Scheme | bool | None = None,
+    embedding: str | Scheme | bool | None = None,
     **recipe: Any,
 ) -> Plan:
     """Quantize a checkpoint (a directory or a hub id) into the new directory `out`; returns the plan carried out.
 
     `text` is what calibrated methods learn from: a string or a list of them. The card's perplexity and KL are measured
     on `eval_text`, or else on parts of `text` that were not used; `measured=False` does without. `recipe` takes the
-    other fields of Recipe, such as `scale_search`, `skip` and `overrides`. `out` appears only when complete; a run
+    other fields of Recipe, such as `scale_search`, `skip` and `overrides`; `lm_head` and `embedding` are schemes for
+    the ends of the model, True for the same as in its blocks. `out` appears only when complete; a run
     that was stopped goes on where it stopped when called again. Raises AfpqError for bad input.
     """
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    recipe |= {"lm_head": scheme_of_end(lm_head, scheme), "embedding": scheme_of_end(embedding, scheme)}
     job = prepare(
         model,
         Recipe(scheme, method, **recipe),

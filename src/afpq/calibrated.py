@@ -31,11 +31,13 @@ from afpq.calibrate import (
     materialize,
     move,
 )
+from afpq.errors import AfpqError
 from afpq.experts import AfpqExperts
 from afpq.groups import QuantizedWeight
+from afpq.head import head_moments, rounded_embedding, solve_in_parts
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, UnitResult, unit_tensors
-from afpq.plan import Plan, Target, Unit
+from afpq.plan import HEAD, Plan, Target, Unit
 from afpq.routing import route, routed_batch
 from afpq.scheme import METHODS
 from afpq.solve import named, solve_layer
@@ -63,17 +65,22 @@ def run_calibrated(
     come before, rounded to nearest. `model` is the skeleton the plan was made with.
     """
     runner = _Runner(plan, model, calibration)
+    if not runner.blocks:
+        raise AfpqError("no blocks to run one after the other; use --method rtn")
     runner.capture(finished)
     units = {unit.name: unit for unit in plan.units}
     for unit in plan.units:
-        if unit.name not in runner.calls and unit.name not in finished:
+        if unit.name not in runner.calls and unit.name not in finished and unit.name != HEAD:
             logs: list[LayerLog] = []
-            yield UnitResult(unit, unit_tensors(plan, unit, logs, "not reached by text; rounded to nearest"), logs)
+            note = "not reached by text; rounded to nearest" if unit.in_blocks else None
+            yield UnitResult(unit, unit_tensors(plan, unit, logs, note), logs)
     for index, block in enumerate(runner.blocks):
         if block.name not in finished:
             tensors, logs = runner.run_block(index, units[block.name])
             yield UnitResult(units[block.name], iter(tensors.items()), logs)
         runner.forget(index)
+    if HEAD in units and HEAD not in finished:
+        yield runner.run_head(units[HEAD])
 
 
 ALONE = BlockCall((), {}, False)  # how an expert is called
@@ -113,6 +120,10 @@ class _Runner:
 
         self.calls = capture(self.model, self.blocks, self.windows, write)
         blocks = {block.name: block for block in self.blocks}
+        if stores and self.recipe.embedding is not None:
+            del stores[1:]  # the float model's states are complete
+            with rounded_embedding(self.model, self.recipe):
+                capture(self.model, self.blocks, self.windows, write)
         self.blocks = [blocks[name] for name in self.calls]
 
     def _fill_outside(self) -> None:
@@ -128,6 +139,16 @@ class _Runner:
             parent, _, leaf = name.rpartition(".")
             value = self.plan.checkpoint.read_stored(self.plan.names[name]).float()
             setattr(self.model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+    def run_head(self, unit: Unit) -> UnitResult:
+        """Quantize the head, from what leaves the last block."""
+        (target,) = unit.targets
+        last = len(self.blocks)
+        streams, weight = [self.states(kind, last) for kind in self.kinds()], self.plan.checkpoint.read_stored(target.stored)
+        moments = head_moments(self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device)
+        with named(target.tensor):
+            tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)
+        return UnitResult(unit, ((target.prefix + part, tensor) for part, tensor in tensors.items()), [log])
 
     def forget(self, index: int) -> None:
         """A finished block's inputs are not needed any more."""

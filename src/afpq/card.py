@@ -6,7 +6,6 @@ It holds no dates and no timings: the same job writes the same card.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub.repocard import metadata_load
 
 from afpq.coverage import coverage_warning
 from afpq.measure import SampleFigures
-from afpq.plan import OUTSIDE, Plan
+from afpq.plan import Plan, Target
 from afpq.report import size_text, table, with_error
 from afpq.source import CARD
 from afpq.version import __version__
@@ -106,25 +105,29 @@ def _facts(card: Card) -> str:
     scales = "a scale for each sign" if scheme.two_scales else scales
     group = "row" if scheme.group_size == -1 else f"group of {scheme.group_size} weights"
     warning = coverage_warning(plan.coverage, plan.left)
-    others = sorted({str(t.scheme) for t in plan.targets} - {str(scheme)})
+    others = sorted({str(t.scheme) for t in plan.block_targets} - {str(scheme)})
     rows = [
         ("scheme", f"{scheme}: {scheme.format.bits}-bit {scheme.format.name}, {scales} of each {group}"),
         *([("some layers", ", ".join(others))] if others else []),
         ("method", f"{plan.recipe.method}, scales by {plan.recipe.search}"),
         ("true bits per weight", f"{plan.bits_per_weight:.3f} for a quantized weight, with scales and zero points"),
-        ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.targets)} linear layers"),
+        ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.block_targets)} linear layers"),
         *([("not quantized", warning)] if warning is not None else []),
+        *(("outside the blocks", _end(plan, target)) for target in plan.end_targets),
+        ("bits per weight of all", f"{plan.file_bits_per_weight:.3f}, with what is left as it was"),
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
         ("left as it was", _left(plan)),
     ]  # fmt: skip
     return table(("", ""), rows)
 
 
+def _end(plan: Plan, target: Target) -> str:
+    return f"{plan.end_words(target)} as {target.scheme}, {8 * target.bytes / target.elements:.3f} true bits per weight"
+
+
 def _left(plan: Plan) -> str:
     """Linears by name, and the tensors outside of the blocks."""
-    outside = [
-        name for unit in plan.units if unit.name == OUTSIDE for name in unit.tensors if name not in unit.replaced
-    ]
+    outside = [name for unit in plan.units if not unit.in_blocks for name in unit.tensors if name not in unit.replaced]
     linears = [f"`{name}`" for name in plan.kept]
     others = [f"`{n.removesuffix('.weight')}`" for n in outside if n.removesuffix(".weight") not in plan.kept]
     return _some([*linears, *others]) + "; norms and biases"
@@ -152,7 +155,8 @@ def _quality(card: Card) -> str:
 
 
 def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
-    """What was lost in which layers: a picture, and a line for each kind of layer."""
+    """What was lost in which layers: a picture, and a line for each kind of layer, the ends last."""
+    notes = sorted(notes, key=lambda note: _block_of(note["module"]) is None)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for note in notes:
         kinds.setdefault(kind_of(note["module"]), []).append(note)
@@ -168,7 +172,8 @@ def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
 
 
 _MEANING = {
-    True: "Error: squared error of a layer's outputs on the calibration text, relative to the outputs' squares.",
+    True: "Error: squared error of a layer's outputs on the calibration text, relative to the outputs' squares; of an "
+    "embedding, of its rows.",
     False: "Error: squared error of a layer's weights, relative to the weights' squares.",
 }
 
@@ -226,12 +231,13 @@ def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
+    notes = [note for note in notes if _block_of(note["module"]) is not None] or notes
     kinds = list(dict.fromkeys(kind_of(note["module"]) for note in notes))
     for kind in kinds:
         members = [note for note in notes if kind_of(note["module"]) == kind]
-        blocks = [_block_of(note["module"]) for note in members]
+        blocks = [_block_of(note["module"]) or 0 for note in members]
         axis.plot(blocks, [error_of(note) for note in members], marker="o", markersize=3, linewidth=1.2, label=kind)
-    before = [(_block_of(n["module"]), n["output_error_before"]) for n in notes if "output_error_before" in n]
+    before = [(_block_of(n["module"]) or 0, n["output_error_before"]) for n in notes if "output_error_before" in n]
     if before:
         axis.scatter(
             [x for x, _ in before], [y for _, y in before], s=10, color="#b8bec7", zorder=1, label="rounded to nearest"
@@ -256,7 +262,6 @@ def _finish(axis: Any, what: str, errors: Sequence[float]) -> None:
     axis.legend(frameon=False, fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _block_of(module: str) -> int:
-    """The first number in a module's name."""
-    found = re.search(r"\d+", module)
-    return int(found[0]) if found else 0
+def _block_of(module: str) -> int | None:
+    """The first part of a module's name that is a number; None outside of the blocks."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)

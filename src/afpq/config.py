@@ -9,10 +9,12 @@ from typing import Any
 
 from afpq.errors import AfpqError
 from afpq.formats import parse_format
-from afpq.scheme import METHODS, Recipe, Scheme, default_format
+from afpq.scheme import METHODS, Recipe, Scheme, default_format, scheme_of_end
 
 QUANT_METHOD = "afpq"
-VERSION = 1
+# 2: the embedding is packed, or the head in a scheme of its own, which an afpq that only knows 1 would misread.
+VERSIONS = (1, 2)
+ENDS = ("lm_head", "embedding")
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
@@ -55,14 +57,21 @@ def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
     """The quantization_config of a model quantized by `recipe`, where `kept` names every linear left as it was."""
     return {
         "quant_method": QUANT_METHOD,
-        "version": VERSION,
         **scheme_to_json(recipe.scheme),
         "method": recipe.method,
         "scale_search": recipe.search,
         **(_gptq_keys(recipe) if METHODS[recipe.method].solver == "gptq" else {}),
+        **ends_to_json(recipe),
         "modules_to_not_convert": sorted(kept),
         "dynamic": _overrides_to_json(recipe),
     }
+
+
+def ends_to_json(recipe: Recipe) -> dict[str, Any]:
+    """The keys of the embedding and the head where they are quantized, and the lowest version that reads them right."""
+    plain = recipe.embedding is None and recipe.lm_head in (None, recipe.scheme)
+    schemes = {end: scheme_to_json(scheme) for end in ENDS if (scheme := getattr(recipe, end)) is not None}
+    return {"version": 1 if plain else 2, **schemes}
 
 
 def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
@@ -94,9 +103,9 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
         raise AfpqError(f"quantization_config: expected an object, got {keys!r}")
     if keys.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise AfpqError(f"quantization_config: method {keys['quant_method']!r} is not {QUANT_METHOD!r}")
-    version = keys.get("version", VERSION)
-    if version != VERSION:
-        raise AfpqError(f"quantization_config: version {version!r}; this afpq reads {VERSION}. Install a newer afpq")
+    version = keys.get("version", VERSIONS[-1])
+    if version not in VERSIONS:
+        raise AfpqError(f"quantization_config: version {version!r}; this afpq reads up to {VERSIONS[-1]}. Update afpq")
     scheme = scheme_from_json(keys)
     dynamic, names = keys.get("dynamic") or {}, keys.get("modules_to_not_convert") or []
     if not isinstance(dynamic, dict) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -107,7 +116,18 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
     skip = [key.removeprefix("-:") for key in dynamic if key.startswith("-:")]
     positive = {key: value for key, value in dynamic.items() if not key.startswith("-:")}
     overrides = [(key.removeprefix("+:"), scheme_from_json(positive[key], scheme)) for key in _ranked(positive)]
-    return Recipe(scheme, keys.get("method") or "rtn", keys.get("scale_search"), tuple(skip), tuple(overrides)), names
+    head, embedding = (_end_from_json(keys.get(end), scheme) for end in ENDS)
+    search = keys.get("scale_search")
+    return Recipe(
+        scheme, keys.get("method") or "rtn", search, tuple(skip), tuple(overrides), lm_head=head, embedding=embedding
+    ), names
+
+
+def _end_from_json(value: Any, scheme: Scheme) -> Scheme | None:
+    """The scheme of the head or the embedding: keys, missing ones as in the blocks; or text, as in the command line."""
+    if value is None or isinstance(value, bool | str | Scheme):
+        return scheme_of_end(value, scheme)
+    return scheme_from_json(value, scheme)
 
 
 def _ranked(overrides: dict[str, Any]) -> list[str]:

@@ -35,10 +35,16 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     plan = job.plan
     console.print(
         f"{verb} {out}: {size_text(plan.output_bytes)} (was {size_text(plan.input_bytes)}), "
-        f"{len(plan.targets)} linears as {plan.recipe.scheme} by {plan.recipe.method}, "
+        f"{len(plan.block_targets)} linears as {plan.recipe.scheme} by {plan.recipe.method}, "
         f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
         f"{100 * plan.coverage:.1f} % of the blocks' weights quantized",
     )
+    for target in plan.end_targets:
+        console.print(
+            f"{plan.end_words(target)} as {target.scheme}: {size_text(target.bytes)}, "
+            f"{8 * target.bytes / target.elements:.3f} true bits per weight"
+        )
+    console.print(f"{plan.file_bits_per_weight:.3f} bits per weight of the whole file")
     if job.windows is not None:
         console.print(f"calibration: {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens")
     if plan.kept:
@@ -96,6 +102,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "coverage": plan.coverage,
         "left": kinds_left(plan.left),
+        "file_bits_per_weight": plan.file_bits_per_weight,
         "output_bytes": plan.output_bytes,
         "input_bytes": plan.input_bytes,
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],

@@ -11,6 +11,7 @@ import torch
 
 from afpq.algorithms import quantize_rtn
 from afpq.calibrate import BATCH_TOKENS
+from afpq.head import PART
 from afpq.plan import OUTSIDE, Plan, Target
 from afpq.scheme import METHODS
 from afpq.search import RATIOS
@@ -39,13 +40,14 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
         return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
     method, gptq = METHODS[plan.recipe.method], plan.recipe.gptq
     beside = method.solver == "gptq" and gptq.float_target
-    block = max(sum(infos[n].elements for n in unit.tensors) for unit in plan.units if unit.name != OUTSIDE)
+    block = max(sum(infos[n].elements for n in unit.tensors) for unit in plan.units if unit.in_blocks)
     outside = sum(infos[n].elements for unit in plan.units if unit.name == OUTSIDE for n in unit.tensors)
     widest = max(max(t.shape[1] for t in plan.targets), 1)
-    width = min(t.shape[1] for t in plan.targets)
+    width = min(t.shape[1] for t in plan.block_targets or plan.targets)
     moments = (8 if method.solver == "gptq" else 2) * 4 * widest**2
     batch = 6 * 4 * BATCH_TOKENS * widest  # what a forward pass holds, in float32
     memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + batch
+    memory += max((8 * t.elements + 24 * min(t.elements, PART) for t in plan.end_targets), default=0)
     states = 4 * windows[0] * windows[1] * width
     flops = _calibration_flops(plan, windows[0] * windows[1], beside)
     if method.transform == "awq":
@@ -58,7 +60,7 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
 def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:
     """Forward passes (three to four a stream: parts of the block for each stage, then all of it), moments, solving."""
     solver = METHODS[plan.recipe.method].solver
-    forward = 2 * tokens * sum(t.elements for t in plan.targets) * 3.5 * (2 if beside else 1)
+    forward = 2 * tokens * sum(t.elements for t in plan.block_targets) * 3.5 * (2 if beside else 1)
     moments = sum(2 * tokens * n * n for n in _inputs(plan.targets)) * (2 if beside else 1)
     solving = sum(4 * n**3 for n in _inputs(plan.targets)) if solver == "gptq" else 0
     columns = sum(2 * t.elements * t.shape[1] * (2 + plan.recipe.gptq.sweeps) for t in plan.targets)

@@ -86,7 +86,8 @@ def with_grid(weight: Tensor, scheme: Scheme) -> Scheme:
     """The scheme, its grid fitted to a weight [rows, in] if it stores scales on one. Raises as `fit_scales`."""
     if scheme.scale_dtype != "log8" or scheme.grid is not None:
         return scheme
-    low, high = extremes(weight.float(), scheme)
+    parts_of_rows = weight.split(max(1, 2**22 // weight.shape[-1]))  # a float copy of a head would take gigabytes
+    low, high = map(torch.cat, zip(*(extremes(part.float(), scheme) for part in parts_of_rows)))
     wide = scales_from_range(low, high, replace(scheme, scale_dtype="float32"))
     seen = [torch.where(side > 0, scale.float(), 0) for side, scale in ((high, wide.pos), (low, wide.neg))]
     return fit_grid(scheme, torch.stack(seen))

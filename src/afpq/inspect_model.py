@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from afpq.formats import FORMATS
 from afpq.groups import extremes
 from afpq.packing import layout, spec_bytes
 from afpq.pipeline import relative_error
-from afpq.plan import Target, make_plan
+from afpq.plan import Plan, Target, make_plan
 from afpq.scheme import Recipe, Scheme
 from afpq.skeleton import build_skeleton
 from afpq.source import Checkpoint, open_checkpoint
@@ -106,13 +106,18 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of all layers looked at; `bits` are the true bits of each scheme over the whole model."""
+    """Figures of all layers looked at; `bits` are the true bits of each scheme over the whole model.
+
+    `ends` are the shares of the checkpoint's weights that the embedding and the head hold, a tied pair by the
+    embedding's name: what `--lm-head` and `--embedding` are about.
+    """
 
     settings: InspectSettings
     layers: list[LayerFigures]
     layers_in_model: int
     bits: dict[str, float]
     seconds: float
+    ends: dict[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -136,6 +141,7 @@ class Inspection:
             "layers_in_model": self.layers_in_model,
             "seconds": self.seconds,
             "seconds_per_billion": self.seconds_per_billion,
+            "ends": self.ends,
             "schemes": {
                 name: {"bits": bits, "error": mean_error(self.layers, name)} for name, bits in self.bits.items()
             },
@@ -184,7 +190,15 @@ def inspect_model(
             if progress is not None:
                 progress(target.module, index + 1, len(targets))
     bits = {str(scheme): _true_bits(plan.targets, scheme) for scheme in settings.schemes}
-    return Inspection(settings, layers, len(plan.targets), bits, round(time.perf_counter() - start, 3))
+    return Inspection(settings, layers, len(plan.targets), bits, round(time.perf_counter() - start, 3), _shares(plan))
+
+
+def _shares(plan: Plan) -> dict[str, float]:
+    infos = plan.checkpoint.tensors
+    total = sum(info.elements for info in infos.values())
+    modules = [plan.ends.embedding, None if plan.ends.tied else plan.ends.head]
+    names = {module: plan.names.get(f"{module}.weight") for module in modules if module is not None}
+    return {module: infos[name].elements / total for module, name in names.items() if name is not None}
 
 
 @contextmanager

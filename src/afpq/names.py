@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from afpq.errors import AfpqError
 from afpq.experts import DOWN, GATED, NAMES, PLAIN
-from afpq.source import TensorInfo
+from afpq.source import TensorInfo, read_tensor
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,13 @@ class Located:
         """`name` with the base model's prefix, or without, as the checkpoint would have it."""
         candidates = (name, f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
         return next((n for n in candidates if n in self.stored), None)
+
+    def differ(self, name: str, other: str) -> bool:
+        """Whether the checkpoint holds both of the model's tensors, and not the same values. Raises as `read` does."""
+        found, against = self.find(name), self.find(other)
+        if found is None or against is None or found == against:
+            return False
+        return not torch.equal(*(read_tensor(self.tensors[n], n) for n in (found, against)))
 
     def require(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
         """As `find`; raises AfpqError if it is not there, or has another dtype or shape."""

@@ -42,7 +42,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., n] of values < 2^bits -> uint8 [..., packed_size(n, bits)]."""
     unit = _UNIT[bits][0]
     codes = pad(codes, (0, -codes.shape[-1] % unit)).contiguous()
-    if codes.storage_offset() % 8:  # cannot be viewed as wider integers
+    if not torch.compiler.is_compiling() and codes.storage_offset() % 8:  # cannot be viewed as wider integers
         codes = codes.clone()
     rows = codes.shape[:-1]
     if bits == 4:
@@ -73,6 +73,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     else:
         codes = packed
     return codes[..., :count]
+
+
+def codes_at(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """Codes at some places of the last dimension: uint8 [..., bytes], int64 [n] -> uint8 [..., n]."""
+    first = index * bits
+    low = packed.index_select(-1, first // 8).int()
+    high = packed.index_select(-1, (first // 8 + 1).clamp(max=packed.shape[-1] - 1)).int()  # of 3 bits, some lie in two
+    return ((low | high << 8) >> first % 8 & (1 << bits) - 1).to(torch.uint8)
 
 
 def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spec]:

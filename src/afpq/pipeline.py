@@ -90,7 +90,8 @@ def _solve_target(weight: Tensor, target: Target, recipe: Recipe) -> tuple[dict[
     error = relative_error(weight, solved)
     bits = 8 * target.bytes / target.elements
     seconds = round(time.perf_counter() - start, 4)
-    log = LayerLog(target.module, str(target.scheme), recipe.method, error, bits, seconds)
+    note = "rounded to nearest, as are all outside of the blocks" if recipe.method != "rtn" else None
+    log = LayerLog(target.module, str(target.scheme), "rtn", error, bits, seconds, note=note)
     return to_tensors(solved), log
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from afpq.blocks import TransposedLinear, find_blocks, find_linears
+from afpq.ends import NO_ENDS, Ends, settle_recipe
 from afpq.errors import AfpqError
 from afpq.experts import BIAS, AfpqExperts, all_or_none
 from afpq.names import Located
@@ -22,6 +23,7 @@ from afpq.scheme import Recipe, Scheme
 from afpq.source import Checkpoint, Stored
 
 OUTSIDE = "outside the blocks"
+HEAD = "the output head"  # a unit of its own where it is quantized: last, since what it reads is known last
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,7 +68,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors handled together: a block, or what stands outside of all blocks.
+    """Tensors handled together: a block, what stands outside of all blocks, or the head.
 
     `replaced` tells what takes the place of a tensor of the checkpoint; tensors not in it are kept as they are.
     """
@@ -83,20 +85,39 @@ class Unit:
     def pieces(self) -> list[Piece]:
         return [part for parts in self.replaced.values() for part in parts if isinstance(part, Piece)]
 
+    @property
+    def in_blocks(self) -> bool:
+        return self.name not in (OUTSIDE, HEAD)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does to a checkpoint."""
+    """What a recipe does to a checkpoint; of a tied head and embedding, the recipe has one scheme for both."""
 
     checkpoint: Checkpoint
     recipe: Recipe
     units: tuple[Unit, ...]
     kept: tuple[str, ...]  # names of the linears left as they are
     names: dict[str, Stored]  # name of a tensor in the model -> where it is in the checkpoint
+    ends: Ends = NO_ENDS
 
     @property
     def targets(self) -> list[Target]:
         return [target for unit in self.units for target in unit.targets]
+
+    @property
+    def block_targets(self) -> list[Target]:
+        """Those inside the blocks."""
+        return [target for unit in self.units if unit.in_blocks for target in unit.targets]
+
+    @property
+    def end_targets(self) -> list[Target]:
+        """The embedding and the head, where they are quantized; one for both where they are tied."""
+        return [target for unit in self.units if not unit.in_blocks for target in unit.targets]
+
+    def end_words(self, target: Target) -> str:
+        """An end's name, and the other's where they are one."""
+        return f"{target.module} (and {self.ends.head}, tied to it)" if self.ends.tied else target.module
 
     def outputs(self) -> dict[str, Spec]:
         """Name -> (dtype, shape) of every tensor of the output, in order."""
@@ -127,13 +148,19 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of a quantized weight: codes, scales and zero points."""
-        return 8 * sum(t.bytes for t in self.targets) / sum(t.elements for t in self.targets)
+        """True bits of a quantized weight of the blocks, or of the ends where there is no other."""
+        targets = self.block_targets or self.targets
+        return 8 * sum(t.bytes for t in targets) / sum(t.elements for t in targets)
+
+    @property
+    def file_bits_per_weight(self) -> float:
+        """Bits of everything that is saved, over the weights of the original."""
+        return 8 * self.output_bytes / sum(info.elements for info in self.checkpoint.tensors.values())
 
     @property
     def coverage(self) -> float:
         """Share of the blocks' weights (tensors of two and more dimensions) that is quantized."""
-        quantized = sum(t.elements for unit in self.units if unit.name != OUTSIDE for t in unit.targets)
+        quantized = sum(target.elements for target in self.block_targets)
         return quantized / (quantized + sum(self.left.values()) or 1)
 
     @property
@@ -143,7 +170,7 @@ class Plan:
         return {
             name: torch.Size(shape).numel()
             for unit in self.units
-            if unit.name != OUTSIDE
+            if unit.in_blocks
             for name, (_, shape) in self.unit_outputs(unit).items()
             if len(shape) > 1 and name not in parts
         }
@@ -159,6 +186,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     if method is not None:
         raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model")
     names = _tensor_names(checkpoint, model)
+    recipe, ends = settle_recipe(model, recipe, Located(checkpoint.tensors, model).differ)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
     if absent and len(absent) < len(linears):
@@ -173,10 +201,14 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
         if scheme is not None and stored is not None:
             targets.append(_target(checkpoint, module, linear, stored, scheme))
             kept.discard(module)
+    ends_found, head = _end_targets(checkpoint, model, ends, recipe)
+    targets += ends_found
+    kept -= ends.schemes(recipe).keys()
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
     kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
-    return Plan(checkpoint, recipe, _units(checkpoint, model, names, targets), tuple(sorted(kept)), names)
+    units = _units(checkpoint, model, names, targets, head)
+    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends)
 
 
 def _left_experts(model: nn.Module, recipe: Recipe) -> list[str]:
@@ -186,8 +218,9 @@ def _left_experts(model: nn.Module, recipe: Recipe) -> list[str]:
     return [name for name, schemes in chosen.items() if not all_or_none(name, [s is not None for s in schemes])]
 
 
-def _target(checkpoint: Checkpoint, module: str, linear: nn.Linear, stored: Stored, scheme: Scheme) -> Target:
-    info, expected = checkpoint.tensors[stored.tensor], (linear.out_features, linear.in_features)
+def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, stored: Stored, scheme: Scheme) -> Target:
+    rows, columns = layer.get_parameter("weight").shape
+    info, expected = checkpoint.tensors[stored.tensor], (rows, columns)
     try:
         shape = tuple(stored.of(torch.empty(info.shape, device="meta")).shape)
     except IndexError:
@@ -203,6 +236,25 @@ def _prefix(module: str, stored: Stored) -> str:
     """What a module's tensors are called in the output: as in the checkpoint, but experts get names of their own."""
     parent = stored.tensor.rpartition(".")[0]
     return f"{parent}." if stored.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
+
+
+def _end_targets(
+    checkpoint: Checkpoint, model: nn.Module, ends: Ends, recipe: Recipe
+) -> tuple[list[Target], str | None]:
+    """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
+    targets: list[Target] = []
+    located, head = Located(checkpoint.tensors, model), None
+    for module, scheme in ends.schemes(recipe).items():
+        tensor = located.find(f"{module}.weight")
+        head = tensor if module == ends.head else head
+        if ends.tied and module == ends.head:
+            continue
+        if tensor is None:
+            raise AfpqError(
+                f"{checkpoint.directory}: {module}.weight is not stored under this name; it cannot be quantized"
+            )
+        targets.append(_target(checkpoint, module, model.get_submodule(module), Stored(tensor), scheme))
+    return targets, head
 
 
 def _tensor_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Stored]:
@@ -240,14 +292,20 @@ def _fused_names(place: str, experts: AfpqExperts, located: Located) -> dict[str
 
 
 def _units(
-    checkpoint: Checkpoint, model: nn.Module, names: dict[str, Stored], targets: list[Target]
+    checkpoint: Checkpoint, model: nn.Module, names: dict[str, Stored], targets: list[Target], head: str | None
 ) -> tuple[Unit, ...]:
-    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix."""
+    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix.
+
+    `head` is the tensor of a head to be quantized: the last unit, or dropped where it repeats a tied embedding.
+    """
     module_names = {stored.tensor: name for name, stored in names.items()}
     blocks = [block.name for block in find_blocks(model)]
     members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
     known = set(blocks)
+    members[HEAD] = [head] if any(target.stored.tensor == head for target in targets) else []
     for tensor in checkpoint.tensors:
+        if tensor == head:
+            continue
         path = module_names.get(tensor, tensor).split(".")
         parents = (".".join(path[:length]) for length in range(1, len(path)))
         members[next((parent for parent in parents if parent in known), OUTSIDE)].append(tensor)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from afpq.errors import AfpqError
 from afpq.formats import BITS, FORMATS, Format, parse_format
 
+SAME = "same"  # says that the head or the embedding has the scheme of the blocks
 SCALE_BITS = {"float16": 16, "float32": 32, "log8": 8}  # scale_dtype -> bits of one stored scale
 SCALE_SEARCHES = ("absmax", "mse")
 ORDERS = ("group", "act", "none")
@@ -126,6 +127,9 @@ class GptqOptions:
 class Recipe:
     """Scheme + solver + what to leave alone (`skip`) or store otherwise (`overrides`).
 
+    They are about the linears of the blocks. What stands outside is left alone, but for the output head and the
+    embedding of tokens where `lm_head` and `embedding` name schemes for them; tied ones are one weight of one scheme.
+
     Patterns are regular expressions searched in module names, such as `model.layers.0.self_attn.q_proj`; the first
     override that matches wins. Raises AfpqError for an unknown method or search, or a pattern that does not compile.
     """
@@ -136,6 +140,8 @@ class Recipe:
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Scheme], ...] = ()
     gptq: GptqOptions = field(default_factory=GptqOptions)
+    lm_head: Scheme | None = None
+    embedding: Scheme | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -158,6 +164,18 @@ class Recipe:
         if any(re.search(pattern, name) for pattern in self.skip):
             return None
         return next((s for pattern, s in self.overrides if re.search(pattern, name)), self.scheme)
+
+
+def scheme_of_end(choice: str | Scheme | bool | None, scheme: Scheme) -> Scheme | None:
+    """What was chosen for the head or the embedding: a scheme or its text, "same" or True for `scheme`, or nothing.
+
+    Raises AfpqError as `parse_scheme` does.
+    """
+    if choice is None or choice is False:
+        return None
+    if choice is True or choice == SAME:
+        return scheme
+    return choice if isinstance(choice, Scheme) else parse_scheme(choice)
 
 
 def default_format(bits: int) -> Format:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from afpq.checkpoint import digest
+from afpq.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.errors import AfpqError
 from afpq.kernels import set_compute
-from afpq.linear import AfpqLinear
+from afpq.linear import AfpqLinear, PackedModule
 from afpq.loading import load_model, quiet_transformers
 from afpq.memory import available_memory
 from afpq.packing import from_tensors, layout
@@ -78,8 +79,8 @@ def _check_state(model: nn.Module, written: Checkpoint, plan: Plan) -> None:
     state = model.state_dict()
     for target in plan.targets:
         layer = model.get_submodule(target.module)
-        if not isinstance(layer, AfpqLinear) or layer.scheme != target.scheme:
-            found = str(layer.scheme) if isinstance(layer, AfpqLinear) else "not quantized"
+        if not isinstance(layer, PackedModule) or layer.scheme != target.scheme:
+            found = str(layer.scheme) if isinstance(layer, PackedModule) else "not quantized"
             raise AfpqError(f"self-test: {target.module} loads as {found}, made as {target.scheme}; this is a bug")
     arrived = {f"{t.module}.{part}": t.prefix + part for t in plan.targets for part in _parts(t)}
     # What is stored as the model has it; a part of a tensor, or one that is turned, the outputs will tell of.
@@ -102,9 +103,13 @@ def _check_outputs(model: Any, written: Checkpoint, plan: Plan) -> str:
     except Exception as error:  # foreign code, which may need what this machine lacks
         reason = " ".join(str(error).split())[:200]
         return f"It loads, and every tensor arrived; it cannot run on this machine ({type(error).__name__}: {reason})."
-    hooks = [
-        model.get_submodule(target.module).register_forward_hook(_comparing(target, written)) for target in plan.targets
-    ]
+    by_module = {target.module: target for target in plan.targets}
+    hooks = []
+    for name, module in model.named_modules():
+        tied = isinstance(module, AfpqTiedHead)  # its table is the embedding's, the only other target outside
+        target = plan.end_targets[0] if tied else by_module.get(name)
+        if target is not None:
+            hooks.append(module.register_forward_hook(_comparing(target, written)))
     expected = _run(model, tokens)
     for hook in hooks:
         hook.remove()
@@ -125,10 +130,13 @@ def _run(model: Any, tokens: Tensor) -> Tensor:
 def _comparing(target: Target, written: Checkpoint) -> Callable[..., Tensor | None]:
     """A forward hook that compares a layer's output with the file's, and replaces it."""
 
-    def compare(layer: AfpqLinear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def compare(layer: AfpqLinear | AfpqEmbedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         tensors = {part: written.read(target.prefix + part) for part in _parts(target)}
         weight = from_tensors(tensors, target.scheme, target.shape[1]).dequantize()
-        expected = linear(inputs[0].float(), weight, None if layer.bias is None else layer.bias.float())
+        if isinstance(layer, AfpqEmbedding):
+            expected = embedding(inputs[0], weight) * layer.factor()
+        else:
+            expected = linear(inputs[0].float(), weight, None if layer.bias is None else layer.bias.float())
         if not bool(torch.isfinite(expected).all()):
             return None
         difference = _difference(output.float(), expected)

@@ -83,12 +83,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
-        info = self.tensors[name]
-        try:
-            with safe_open(info.file, "pt") as file:
-                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
-        except (OSError, SafetensorError) as error:
-            raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
+        return read_tensor(self.tensors[name], name)
 
     def read_stored(self, stored: Stored) -> Tensor:
         """A tensor of the model, in memory of its own; of a part no more than its expert is read. Raises as `read`."""
@@ -121,6 +116,14 @@ class Checkpoint:
         for path in sorted(found):
             if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
                 yield path
+
+
+def read_tensor(info: TensorInfo, name: str) -> Tensor:
+    try:
+        with safe_open(info.file, "pt") as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+    except (OSError, SafetensorError) as error:
+        raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from afpq.scheme import SAME
 
 app = typer.Typer(
     help="Make large language models small: 2- to 4-bit weights with a scale for each sign (AFPQ).",
@@ -23,3 +26,18 @@ TrustOption = Annotated[
 TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="wikitext2, ptb or c4 (needs afpq[eval]).")]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
+
+
+class WithBareOptions(TyperCommand):
+    """A command whose options BARE may stand without a value, which then is "same"; Typer has no such options.
+
+    One stands bare if it is last, or before another option; so `--lm-head` goes behind MODEL and OUT, or has a value.
+    """
+
+    BARE = ("--lm-head", "--embedding")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for word, following in zip(args, [*args[1:], "-"]):
+            given += [word, SAME] if word in self.BARE and following.startswith("-") else [word]
+        return super().parse_args(ctx, given)

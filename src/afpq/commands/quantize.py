@@ -16,6 +16,7 @@ from afpq.commands.common import (
     ModelArgument,
     TextOption,
     TrustOption,
+    WithBareOptions,
     app,
 )
 from afpq.console import (
@@ -64,7 +65,7 @@ def demo(
             console.print("no picture: pip install 'afpq[plot]' for one")
 
 
-@app.command()
+@app.command(cls=WithBareOptions)
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The directory to create.")],
@@ -89,6 +90,16 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Leave linears whose name matches this regex.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as 'down_proj=nf4-asym-g64'.")] = None,
+    lm_head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[SCHEME]", help="Quantize the output head too: as the rest, or as SCHEME (int8-sym-g64)."
+        ),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(metavar="[SCHEME]", help="Quantize the embedding of tokens too; where tied, it is the head."),
+    ] = None,
     damp: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to the Hessian.")] = 0.01,
     order: Annotated[str, typer.Option(help="GPTQ: order of the columns: group, act or none.")] = "group",
     sweeps: Annotated[int, typer.Option(help="GPTQ: rounds of coordinate descent afterwards.")] = 3,
@@ -112,15 +123,18 @@ def quantize(
     from afpq.data import read_text
     from afpq.estimate import estimate
     from afpq.formats import parse_format
-    from afpq.scheme import GptqOptions, Recipe, Scheme
+    from afpq.scheme import GptqOptions, Recipe, Scheme, scheme_of_end
 
+    scheme = Scheme(parse_format(format), group_size, sym, scale_dtype)
     recipe = Recipe(
-        Scheme(parse_format(format), group_size, sym, scale_dtype),
+        scheme,
         method,
         scale_search,
         tuple(skip or ()),
         tuple(_parse_override(pair) for pair in override or []),
         GptqOptions(damp, order, sweeps, float_target, sequential),
+        scheme_of_end(lm_head, scheme),
+        scheme_of_end(embedding, scheme),
     )
     settings = CalibrationSettings(samples, seq_len, seed, device, all_experts)
     check_json_place(json)
