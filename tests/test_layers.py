@@ -28,7 +28,18 @@ ORDER = [
     "cli", "__main__",
 ]  # fmt: skip
 
-OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao"}
+OPTIONAL = {
+    "matplotlib",
+    "datasets",
+    "peft",
+    "vllm",
+    "triton",
+    "lm_eval",
+    "bitsandbytes",
+    "hqq",
+    "torchao",
+    "accelerate",
+}
 BEHIND = {"kernels.triton": {"triton"}}  # modules that need an optional package, and are imported in functions only
 MAX_LINES = 350
 

@@ -3,6 +3,7 @@
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=AfpqConfig(format="nf4"))
     AutoModelForCausalLM.from_pretrained("a directory written by afpq")
+    AutoModelForCausalLM.from_pretrained("the same", quantization_config=AfpqConfig(dequantize=True))
 
 Stays within the hooks that have been the same since Transformers 5.0. Before any weight is loaded, every tensor the
 model expects is looked up in the checkpoint's headers: Transformers itself would leave a missing or misshapen one
@@ -19,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from afpq.blocks import find_linears, replace_module
@@ -38,9 +38,11 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     bits (2, 3, 4, 8) picks the normal-float format of that width unless `format` names one; `sym=False` means a
     scale for each sign (a zero point for integer formats). `modules_to_not_convert` holds names or patterns of
-    modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. Raises AfpqError for
-    values that make no sense.
+    modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. `dequantize` loads a saved
+    model with plain weights; all else then comes from the saved model. Raises AfpqError for values that make no sense.
     """
+
+    dequantize = False  # of the instance only where it is asked for: a wish of the one who loads, never saved
 
     def __init__(
         self,
@@ -53,17 +55,25 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scale_search: str = "absmax",
         modules_to_not_convert: list[str] | None = None,
         dynamic: dict[str, Any] | None = None,
+        dequantize: bool = False,
         **extra: Any,
     ) -> None:
-        keys = {name: value for name, value in locals().items() if name not in ("self", "extra", "__class__")}
+        ours = ("self", "dequantize", "extra", "__class__")
+        keys = {name: value for name, value in locals().items() if name not in ours}
         recipe, kept = config_from_json({**extra, **keys})
         self.__dict__.update(extra)
         self.__dict__.update(config_to_json(recipe, kept))
         self.dynamic = dict(dynamic or {})
+        if dequantize:
+            self.dequantize = True
 
     def recipe(self) -> tuple[Recipe, list[str]]:
         """(recipe, modules_to_not_convert)."""
         return config_from_json(self.__dict__)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a config given to `from_pretrained` changes of the saved one."""
+        return {"dequantize": True} if self.dequantize else {}
 
 
 class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -89,6 +99,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self.failures: list[AfpqError] = []
+        if self.quantization_config.dequantize and not self.pre_quantized:
+            raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
@@ -128,7 +140,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name}.weight: not in the checkpoint, or not under this name; list it as not to convert"
                 )
             module.prepare()
-        return model
+        # Transformers has dropped the config by now, but the weights are still packed.
+        return self._dequantize(model, model.dtype) if self.quantization_config.dequantize else model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
@@ -137,10 +150,30 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AfpqLinear):
-                replace_module(model, name, _plain_linear(module, dtype or torch.float32))
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Plain linears in place of ours, so that the model is an ordinary one in `dtype`, by default the one it has.
+
+        Everything that is in the model's dtype is cast along, as it has to compute with the weights. Raises AfpqError,
+        with the model as it was, for a weight too large for `dtype` or one that is offloaded.
+        """
+        model = self._dequantize(model, dtype or model.dtype)
+        self.remove_quantization_config(model)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.config.__dict__.pop("_is_quantized", None)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AfpqLinear)]
+        for name, layer in layers:
+            _check_dequantizable(name, layer, dtype)
+        before = model.dtype
+        for name, layer in layers:
+            replace_module(model, name, _plain_linear(layer, dtype))
+        for parameter in model.parameters():
+            if parameter.dtype == before:
+                parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
         return model
 
 
@@ -202,14 +235,29 @@ def _check_headers(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> N
             raise AfpqError(f"tensor {name}.bias is not in the checkpoint; its files or its config are incomplete")
 
 
+def _check_dequantizable(name: str, layer: AfpqLinear, dtype: torch.dtype) -> None:
+    if layer.qweight.is_meta:
+        raise AfpqError(f"{name}: its weight is offloaded; load the model without offloading to dequantize it")
+    if dtype == torch.float16 and not bool(torch.isfinite(layer.dequantize(dtype)).all()):
+        raise AfpqError(f"{name}: its weights are too large for float16; dequantize to bfloat16 or float32")
+
+
 def _plain_linear(layer: AfpqLinear, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(layer.dequantize(dtype))
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
-    return linear
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
+    if hasattr(layer, "_hf_hook"):  # accelerate moves inputs to the device of a layer this way
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(linear, layer._hf_hook)
+    return linear.train(layer.training)
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # a second registration raises
+if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration raises
     register_quantization_config(QUANT_METHOD)(AfpqConfig)
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
+    # Methods whose config may be given beside a saved one. There is no hook for it; the first 5.x have no list either
+    # and warn that they keep to the saved config.
+    if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AfpqConfig,)
