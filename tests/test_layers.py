@@ -18,14 +18,15 @@ ORDER = [
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
-    "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
+    "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest", "stored",
     "integrations.lm_eval", "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
+    "provenance", "rewrite", "export_model",
     "__init__", "console",
     "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",
     "comparison.agenda", "comparison.findings", "comparison.tabulate", "comparison.compare",
     "comparison.svg", "comparison.figures", "comparison.page", "comparison.report",
     "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "commands.compare",
-    "cli", "__main__",
+    "commands.exchange", "cli", "__main__",
 ]  # fmt: skip
 
 OPTIONAL = {

@@ -3,6 +3,7 @@
 
 from afpq.api import CalibrationSettings, quantize
 from afpq.errors import AfpqError
+from afpq.export_model import export
 from afpq.formats import Format, custom_format, parse_format
 from afpq.groups import QuantizedWeight
 from afpq.integrations.transformers import AfpqConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Scheme",
     "__version__",
     "custom_format",
+    "export",
     "parse_format",
     "parse_scheme",
     "quantize",

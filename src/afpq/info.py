@@ -7,14 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from afpq.blocks import find_blocks
-from afpq.config import QUANT_METHOD, config_from_json, is_kept
-from afpq.errors import AfpqError
-from afpq.packing import layout
-from afpq.skeleton import build_skeleton
-from afpq.source import Checkpoint, open_checkpoint, require_tensor
+from afpq.source import open_checkpoint
+from afpq.stored import stored_layers
 
 
 @dataclass(frozen=True)
@@ -50,11 +44,12 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     files = {info.file for info in checkpoint.tensors.values()}
     file_bytes = sum(file.stat().st_size for file in files)
     keys = checkpoint.config.get("quantization_config")
-    layers, parts = _quantized_layers(checkpoint, keys, trust_remote_code) if keys else ([], {})
-    quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    stored = stored_layers(checkpoint, trust_remote_code) if keys else []
+    parts = {name: checkpoint.tensors[name].bytes for layer in stored for name in layer.tensors.values()}
+    quantized = sum(layer.elements for layer in stored)
     plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
     total = quantized + sum(info.elements for info in plain.values())
-    counted = parts if layers else {name: info.bytes for name, info in plain.items()}
+    counted = parts if stored else {name: info.bytes for name, info in plain.items()}
     in_blocks = sum(i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n))
     return ModelInfo(
         bits_per_weight=8 * sum(counted.values()) / (quantized or total),
@@ -62,7 +57,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
         quantized_parameters=quantized,
         total_parameters=total,
         file_bytes=file_bytes,
-        layers=layers,
+        layers=[LayerInfo(each.name, str(each.scheme), each.shape, each.bits_per_weight) for each in stored],
         quantization_config=keys,
     )
 
@@ -70,29 +65,3 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
 def _in_block(name: str) -> bool:
     """Whether a tensor's name has an index in it, as those of repeated blocks do."""
     return any(part.isdigit() for part in name.split("."))
-
-
-def _quantized_layers(
-    checkpoint: Checkpoint, keys: dict[str, Any], trust_remote_code: bool
-) -> tuple[list[LayerInfo], dict[str, int]]:
-    """(the quantized linears, bytes of each of their tensors)."""
-    if isinstance(keys, dict) and keys.get("quant_method") != QUANT_METHOD:
-        raise AfpqError(f"{checkpoint.directory}: quantized by {keys.get('quant_method')!r}, not by {QUANT_METHOD}")
-    recipe, kept = config_from_json(keys)
-    model = build_skeleton(checkpoint.directory, trust_remote_code)
-    names = {name for block in find_blocks(model) for name, _ in block.linears()}
-    base = model.base_model_prefix
-    layers: list[LayerInfo] = []
-    parts: dict[str, int] = {}
-    for name, module in model.named_modules():
-        scheme = recipe.scheme_for(name)
-        if not isinstance(module, nn.Linear) or scheme is None or is_kept(name, kept) or name not in names:
-            continue
-        shape = (module.out_features, module.in_features)
-        sizes: dict[str, int] = {}
-        for part, (dtype, part_shape) in layout(scheme, *shape).items():
-            key = require_tensor(checkpoint.tensors, f"{name}.{part}", base, dtype, part_shape)
-            sizes[key] = checkpoint.tensors[key].bytes
-        layers.append(LayerInfo(name, str(scheme), shape, 8 * sum(sizes.values()) / (shape[0] * shape[1])))
-        parts |= sizes
-    return layers, parts
