@@ -20,7 +20,7 @@ ORDER = [
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
     "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest", "stored",
     "integrations.lm_eval", "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
-    "provenance", "rewrite", "export_model",
+    "provenance", "rewrite", "export_model", "bnb", "import_model",
     "__init__", "console",
     "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",
     "comparison.agenda", "comparison.findings", "comparison.tabulate", "comparison.compare",

@@ -55,7 +55,7 @@ def card_text(card: Card, picture: bool) -> str:
     sections = {
         f"{_name(card)}, {scheme} by {card.plan.recipe.method}": f"{_summary(card)}\n\n{_facts(card)}",
         "Quality": f"{_quality(card)}\n\n{_errors(card.notes, picture)}",
-        "Load it": _LOAD,
+        "Load it": LOAD,
         "How it was made": _making(card),
     }
     parts = [f"{'##' if index else '#'} {title}\n\n{text}" for index, (title, text) in enumerate(sections.items())]
@@ -178,7 +178,7 @@ def error_of(note: dict[str, Any]) -> float:
     return float(note.get("output_error", note["weight_error"]))
 
 
-_LOAD = """```python
+LOAD = """```python
 import afpq  # pip install afpq: registers the format with Transformers, which could not read the weights without it
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -120,7 +120,8 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
     """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
-        raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model")
+        hint = ", or keep these weights with afpq import" if method == "bitsandbytes" else ""
+        raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model{hint}")
     names = _tensor_names(checkpoint, model)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]

@@ -21,7 +21,7 @@ class Provenance:
     """`model` as the user named it, its checkpoint, and what the card says.
 
     `title` follows the model's name; `summary` is a sentence that follows "This is a checkpoint", with {model} for a
-    link; `facts` become a list.
+    link; `facts` become a list; `load` tells how to load it, where that takes more than Transformers.
     """
 
     model: str
@@ -30,6 +30,7 @@ class Provenance:
     summary: str
     facts: tuple[str, ...]
     tags: tuple[str, ...]
+    load: str = ""
 
 
 def provenance_card(told: Provenance) -> str:
@@ -39,7 +40,9 @@ def provenance_card(told: Provenance) -> str:
     link = f"`{name}`" if local else f"[{name}](https://huggingface.co/{name})"
     facts = "\n".join(f"- {fact}" for fact in (*told.facts, f"Made by afpq {__version__}."))
     summary = told.summary.replace("{model}", link)
-    return f"---\n{_front_matter(told)}\n---\n\n# {name}, {told.title}\n\nThis is a checkpoint {summary}\n\n{facts}\n"
+    load = f"\n## Load it\n\n{told.load}\n" if told.load else ""
+    head = f"---\n{_front_matter(told)}\n---\n\n# {name}, {told.title}\n\n"
+    return f"{head}This is a checkpoint {summary}\n\n{facts}\n{load}"
 
 
 def scheme_text(config: dict[str, Any]) -> str:
