@@ -24,7 +24,7 @@ from afpq import AfpqConfig, AfpqError, export, parse_scheme, quantize
 from afpq import export_model as module
 from afpq import rewrite as writing
 from afpq.checkpoint import ShardWriter
-from afpq.source import CARD, INDEX, WEIGHTS, open_checkpoint
+from afpq.source import CARD, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from afpq.stored import stored_layers
 
 IDS = torch.arange(0, 240, 5).view(2, 24)
@@ -332,3 +332,26 @@ def test_progress_ends_at_all_bytes(packed: Path, tmp_path: Path) -> None:
     result = export(packed, tmp_path / "out", progress=lambda *step: seen.append(step))
     assert [step[1] for step in seen] == sorted(step[1] for step in seen)
     assert seen[-1][1] == seen[-1][2] == result.output_bytes
+
+
+def test_a_tensor_is_written_before_the_next_is_read(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So memory does not grow with the model; reading back afterwards is one by one too."""
+    steps: list[str] = []
+    read, write = Checkpoint.read, ShardWriter.write
+
+    def reading(self: Checkpoint, name: str) -> Tensor:
+        steps.append("read")
+        return read(self, name)
+
+    def writing_(self: ShardWriter, name: str, tensor: Tensor) -> None:
+        steps.append("write")
+        write(self, name, tensor)
+
+    monkeypatch.setattr(Checkpoint, "read", reading)
+    monkeypatch.setattr(ShardWriter, "write", writing_)
+    export(packed, tmp_path / "out")
+    streamed = steps[: len(steps) - steps[::-1].index("write")]
+    runs = "".join(step[0] for step in streamed).split("w")
+    assert streamed.count("write") == 21 and max(map(len, runs)) == 4  # codes, two scales, their grid

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from afpq.bnb import BnbWeight, find_weights, fits_float16, read_absmax, read_format, read_weight
-from afpq.card import LOAD
+from afpq.cards import LOAD
 from afpq.config import config_to_json
 from afpq.errors import AfpqError
 from afpq.packing import to_tensors

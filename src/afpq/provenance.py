@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
-
-from afpq.card import licence_of
+from afpq.cards import card_metadata, front_matter
 from afpq.config import config_from_json
-from afpq.source import CARD, Checkpoint
+from afpq.source import Checkpoint
 from afpq.version import __version__
 
 
@@ -41,8 +38,8 @@ def provenance_card(told: Provenance) -> str:
     facts = "\n".join(f"- {fact}" for fact in (*told.facts, f"Made by afpq {__version__}."))
     summary = told.summary.replace("{model}", link)
     load = f"\n## Load it\n\n{told.load}\n" if told.load else ""
-    head = f"---\n{_front_matter(told)}\n---\n\n# {name}, {told.title}\n\n"
-    return f"{head}This is a checkpoint {summary}\n\n{facts}\n{load}"
+    head = front_matter(_base_model(told), list(told.tags), told.checkpoint.directory)
+    return f"{head}\n# {name}, {told.title}\n\nThis is a checkpoint {summary}\n\n{facts}\n{load}"
 
 
 def scheme_text(config: dict[str, Any]) -> str:
@@ -51,25 +48,9 @@ def scheme_text(config: dict[str, Any]) -> str:
     return f"{recipe.scheme} by {recipe.method}"
 
 
-def _front_matter(told: Provenance) -> str:
-    base = _base_model(told)
-    keys: dict[str, Any] = {
-        **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(told.tags),
-        **licence_of(told.checkpoint.directory),
-    }
-    text: str = ModelCardData(**keys).to_yaml()
-    return text.strip()
-
-
 def _base_model(told: Provenance) -> str | None:
     """The hub's id of the model converted, or else the one that its own card names."""
     if not Path(told.model).is_dir():
         return told.model
-    try:
-        found = (metadata_load(told.checkpoint.directory / CARD) or {}).get("base_model")
-    except Exception:  # no file, no UTF-8, or whatever the YAML parser makes of foreign text
-        return None
+    found = card_metadata(told.checkpoint.directory).get("base_model")
     return found if isinstance(found, str) and found else None

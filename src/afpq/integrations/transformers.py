@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from afpq.blocks import find_linears, replace_module
 from afpq.config import QUANT_METHOD, config_from_json, config_to_json, is_kept
 from afpq.errors import AfpqError
+from afpq.integrations.hub import wrap_upload
 from afpq.linear import AfpqLinear
 from afpq.packing import layout, to_tensors
 from afpq.pipeline import solve
@@ -104,6 +105,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         recipe, kept = self.quantization_config.recipe()
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
+        self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # for the card to push
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         # A saved model lists every linear it kept; the blocks matter only while deciding.
         candidates = _all_linears(model) if self.pre_quantized else find_linears(model)
@@ -140,8 +142,9 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name}.weight: not in the checkpoint, or not under this name; list it as not to convert"
                 )
             module.prepare()
-        # Transformers has dropped the config by now, but the weights are still packed.
-        return self._dequantize(model, model.dtype) if self.quantization_config.dequantize else model
+        if self.quantization_config.dequantize:  # Transformers has dropped the config by now; the weights are packed
+            return self._dequantize(model, model.dtype)
+        return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
@@ -257,6 +260,7 @@ def _plain_linear(layer: AfpqLinear, dtype: torch.dtype) -> nn.Linear:
 if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration raises
     register_quantization_config(QUANT_METHOD)(AfpqConfig)
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
+    wrap_upload()
     # Methods whose config may be given beside a saved one. There is no hook for it; the first 5.x have no list either
     # and warn that they keep to the saved config.
     if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
