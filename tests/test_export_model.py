@@ -254,6 +254,15 @@ def test_a_code_beyond_the_format_is_named(tiny_model_dir: Path, tmp_path: Path)
         export(tmp_path / "q", tmp_path / "out")
 
 
+def test_what_was_infinite_before_is_no_overflow(tiny_copy: Path, tmp_path: Path) -> None:
+    odd = torch.tensor([float("inf"), float("nan"), 65280.0, -1.0])
+    edit(tiny_copy, lambda t: t.update({"model.odd": odd.bfloat16()}))
+    quantize(tiny_copy, tmp_path / "q", measured=False)
+    export(tmp_path / "q", tmp_path / "out", "fp16")
+    found = load_file(tmp_path / "out" / WEIGHTS)["model.odd"]
+    assert found.isinf().tolist() == [True, False, False, False] and found.isnan()[1]
+
+
 @pytest.mark.parametrize("name", [f"{UP}.weight", "lm_head.weight"])
 def test_a_number_too_large_for_float16_is_named(make_model: ModelMaker, tmp_path: Path, name: str) -> None:
     make_model(tmp_path / "model")

@@ -106,15 +106,22 @@ def dequantized(checkpoint: Checkpoint, layer: StoredLayer, dtype: torch.dtype) 
     codes, count = layer.tensors["qweight"], len(layer.scheme.format.values)
     if layer.elements and int(weight.codes.max()) >= count:
         raise AfpqError(f"tensor {codes}: holds a code beyond the {count} of {layer.scheme.format}; the file is broken")
+    if layer.elements and not _reach(weight) <= torch.finfo(torch.float32).max:
+        raise AfpqError(f"layer {layer.name}: its scales are not finite numbers; the file is broken")
     result = torch.empty(layer.shape, dtype=dtype)
     step = max(1, SLAB // max(1, layer.shape[1]))
     for first in range(0, layer.shape[0], step):
         rows = slice(first, first + step)
         slab = QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.scheme).dequantize()
-        if not bool(torch.isfinite(slab).all()):
-            raise AfpqError(f"layer {layer.name}: its scales are not finite numbers; the file is broken")
         result[rows] = _cast(original_name(layer), slab, dtype)
     return result
+
+
+def _reach(weight: QuantizedWeight) -> float:
+    """No weight is larger; NaN where a scale is."""
+    values = weight.scheme.format.values
+    largest = torch.stack([side.float().abs().amax() for side in (weight.scales.pos, weight.scales.neg)]).amax()
+    return float(largest) * (values[-1] - values[0])
 
 
 def _tensors(
@@ -123,7 +130,8 @@ def _tensors(
     for name in checkpoint.tensors:
         layer = packed.get(name)
         if layer is None:
-            yield name, _cast(name, checkpoint.read(name), outputs[name][0])
+            tensor, dtype = checkpoint.read(name), outputs[name][0]
+            yield name, tensor if tensor.dtype == dtype else _cast(name, tensor, dtype)
         elif name == layer.tensors["qweight"]:
             original = original_name(layer)
             yield original, dequantized(checkpoint, layer, outputs[original][0])
@@ -131,9 +139,13 @@ def _tensors(
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Raises AfpqError for a finite number that is none in `dtype`."""
-    if tensor.dtype == dtype:
-        return tensor
     result = tensor.to(dtype)
+    if not tensor.numel() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return result
+    if bool(
+        torch.isfinite(torch.stack(tensor.aminmax()).to(dtype)).all()
+    ):  # one pass, where asking each number takes three
+        return result
     lost = torch.isfinite(tensor) & ~torch.isfinite(result)
     if bool(lost.any()):
         most = float(tensor[lost].abs().max())
