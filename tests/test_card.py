@@ -15,7 +15,8 @@ from huggingface_hub.repocard import metadata_load
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme
 from afpq.api import prepare
-from afpq.card import PICTURE, Card, card_text, licence_of
+from afpq.card import PICTURE, Card, card_text
+from afpq.cards import licence_of
 from afpq.evaluate import Evaluation
 from afpq.measure import Sample, SampleFigures
 from afpq.source import CARD

@@ -17,20 +17,23 @@ ORDER = [
     "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "coverage", "blocks", "ends", "embedding", "source", "experts", "names", "unfuse", "folds",
-    "calibrate", "routing", "config", "data", "skeleton", "plan", "pipeline", "transforms", "solve", "head",
+    "calibrate", "routing", "cards", "config", "data", "skeleton", "plan", "pipeline", "transforms", "solve", "head",
     "calibrated", "convert", "swap", "unpack_model",
-    "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
-    "integrations.peft", "integrations.lm_eval",
+    "checkpoint", "workdir", "integrations", "integrations.hub", "integrations.transformers", "memory", "loading",
+    "selftest", "stored", "integrations.peft", "integrations.lm_eval",
     "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
+    "provenance", "rewrite", "export_model", "bnb", "import_model",
     "__init__", "console",
     "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",
     "comparison.agenda", "comparison.findings", "comparison.tabulate", "comparison.compare",
     "comparison.svg", "comparison.figures", "comparison.page", "comparison.report",
     "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "commands.compare",
-    "cli", "__main__",
+    "commands.exchange", "cli", "__main__",
 ]  # fmt: skip
 
-OPTIONAL = {"matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao"}
+OPTIONAL = {
+    "matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao", "accelerate",
+}  # fmt: skip
 BEHIND = {
     "kernels.triton": {"triton"},
     "integrations.peft": {"peft"},

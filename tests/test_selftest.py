@@ -55,7 +55,7 @@ def test_a_checksum_sees_every_bit() -> None:
 
 def test_what_is_right_passes(out: Path, plan: Plan, tiny_model_dir: Path) -> None:
     written = open_checkpoint(out)
-    check_tensors(written, plan, digests_of(out))
+    check_tensors(written, plan.outputs(), digests_of(out))
     assert "gave the logits" in check_reloaded(written, plan, skeleton(tiny_model_dir))
 
 
@@ -65,7 +65,7 @@ def test_a_changed_tensor_is_named(out: Path, plan: Plan, name: str) -> None:
     tensors[name].view(-1).view(torch.uint8)[-1] ^= 1
     save_file(tensors, out / WEIGHTS, {"format": "pt"})
     with pytest.raises(AfpqError, match=f"{name} is not in the files as it was computed"):
-        check_tensors(open_checkpoint(out), plan, digests)
+        check_tensors(open_checkpoint(out), plan.outputs(), digests)
 
 
 def test_missing_misshapen_and_unplanned_tensors_are_named(out: Path, plan: Plan) -> None:
@@ -80,7 +80,7 @@ def test_missing_misshapen_and_unplanned_tensors_are_named(out: Path, plan: Plan
         tensors = {key: value for key, value in {**whole, **change}.items() if value is not None}
         save_file(tensors, out / WEIGHTS, {"format": "pt"})
         with pytest.raises(AfpqError, match=message):
-            check_tensors(open_checkpoint(out), plan, digests)
+            check_tensors(open_checkpoint(out), plan.outputs(), digests)
 
 
 @pytest.mark.parametrize(

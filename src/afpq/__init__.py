@@ -4,8 +4,10 @@
 from afpq.api import CalibrationSettings, quantize
 from afpq.embedding import AfpqEmbedding
 from afpq.errors import AfpqError
+from afpq.export_model import export
 from afpq.formats import Format, custom_format, parse_format
 from afpq.groups import QuantizedWeight
+from afpq.import_model import import_model
 from afpq.integrations.transformers import AfpqConfig
 from afpq.kernels import set_compute
 from afpq.linear import AfpqLinear
@@ -25,6 +27,8 @@ __all__ = [
     "Scheme",
     "__version__",
     "custom_format",
+    "export",
+    "import_model",
     "parse_format",
     "parse_scheme",
     "quantize",

@@ -6,9 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from afpq.selftest import check_reloaded, check_tensors
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 from afpq.version import __version__
-from afpq.workdir import JOURNAL, WorkDirectory, work_directory
+from afpq.workdir import WorkDirectory, work_directory
 
 LOG_NAME = "afpq_log.jsonl"
 
@@ -245,9 +243,9 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
     for path in plan.checkpoint.companions():
         shutil.copyfile(path, work.path / path.name)
     config = _config(job)
-    with _as_published(work, config) as directory:
+    with work.as_published(config) as directory:
         written = open_checkpoint(directory)
-        check_tensors(written, plan, work.digests)
+        check_tensors(written, plan.outputs(), work.digests)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
@@ -269,19 +267,6 @@ def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFig
 
     device = job.settings.torch_device()
     return measure_sample(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
-
-
-@contextmanager
-def _as_published(work: WorkDirectory, config: dict[str, Any]) -> Iterator[Path]:
-    """A directory of links that looks as OUT will, while OUT.partial has no config.json and cannot be loaded."""
-    with tempfile.TemporaryDirectory(prefix="afpq-") as place:
-        directory = Path(place) / work.out.name
-        directory.mkdir()
-        for path in work.path.iterdir():
-            if path.is_file() and path.name not in ("config.json", JOURNAL):  # a run killed at its end left a config
-                (directory / path.name).symlink_to(path)
-        write_json(directory / "config.json", config)
-        yield directory
 
 
 def _config(job: Job) -> dict[str, Any]:

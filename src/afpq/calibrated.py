@@ -144,7 +144,10 @@ class _Runner:
         """Quantize the head, from what leaves the last block."""
         (target,) = unit.targets
         last = len(self.blocks)
-        streams, weight = [self.states(kind, last) for kind in self.kinds()], self.plan.checkpoint.read_stored(target.stored)
+        streams, weight = (
+            [self.states(kind, last) for kind in self.kinds()],
+            self.plan.checkpoint.read_stored(target.stored),
+        )
         moments = head_moments(self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device)
         with named(target.tensor):
             tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
-
+from afpq.cards import LOAD, PAPER, front_matter
 from afpq.coverage import coverage_warning
 from afpq.measure import SampleFigures
 from afpq.plan import Plan, Target
@@ -22,8 +20,6 @@ from afpq.source import CARD
 from afpq.version import __version__
 
 PICTURE = "card_errors.png"
-PAPER = "https://arxiv.org/abs/2311.01792"
-LICENCE_KEYS = ("license", "license_name", "license_link")
 MAX_NAMES = 12
 
 
@@ -55,35 +51,17 @@ def card_text(card: Card, picture: bool) -> str:
     sections = {
         f"{_name(card)}, {scheme} by {card.plan.recipe.method}": f"{_summary(card)}\n\n{_facts(card)}",
         "Quality": f"{_quality(card)}\n\n{_errors(card.notes, picture)}",
-        "Load it": _LOAD,
+        "Load it": LOAD,
         "How it was made": _making(card),
     }
     parts = [f"{'##' if index else '#'} {title}\n\n{text}" for index, (title, text) in enumerate(sections.items())]
-    return f"---\n{_front_matter(card)}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def licence_of(directory: Path) -> dict[str, str]:
-    """The licence keys in the front matter of a model's own card; none where there is no card that tells."""
-    try:
-        metadata = metadata_load(directory / CARD)
-    except Exception:  # no file, no UTF-8, or whatever the YAML parser makes of foreign text
-        return {}
-    found = {key: (metadata or {}).get(key) for key in LICENCE_KEYS}
-    return {key: value for key, value in found.items() if isinstance(value, str) and value}
+    return f"{_front_matter(card)}\n" + "\n\n".join(parts) + "\n"
 
 
 def _front_matter(card: Card) -> str:
-    scheme, hub = card.plan.recipe.scheme, not Path(card.model).is_dir()
-    keys: dict[str, Any] = {
-        # A directory's name is not the id of anything: only what came from the hub is named here.
-        **({"base_model": card.model, "base_model_relation": "quantized"} if hub else {}),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["afpq", "quantized", f"{scheme.format.bits}-bit", scheme.format.name, card.plan.recipe.method],
-        **licence_of(card.plan.checkpoint.directory),
-    }
-    text: str = ModelCardData(**keys).to_yaml()
-    return text.strip()
+    scheme = card.plan.recipe.scheme
+    tags = ["afpq", "quantized", f"{scheme.format.bits}-bit", scheme.format.name, card.plan.recipe.method]
+    return front_matter(None if Path(card.model).is_dir() else card.model, tags, card.plan.checkpoint.directory)
 
 
 def _name(card: Card) -> str:
@@ -186,22 +164,6 @@ def kind_of(module: str) -> str:
 def error_of(note: dict[str, Any]) -> float:
     """Of the layer's outputs where they are known, else of its weights."""
     return float(note.get("output_error", note["weight_error"]))
-
-
-_LOAD = """```python
-import afpq  # pip install afpq: registers the format with Transformers, which could not read the weights without it
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-directory = "path/to/this/directory"  # or its id on the hub
-model = AutoModelForCausalLM.from_pretrained(directory)
-tokenizer = AutoTokenizer.from_pretrained(directory)
-```
-
-```sh
-afpq generate path/to/this/directory "Once upon a time"
-afpq info path/to/this/directory
-afpq eval path/to/this/directory --text test.txt
-```"""
 
 
 def _making(card: Card) -> str:

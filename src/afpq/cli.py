@@ -11,12 +11,12 @@ from typing import NoReturn
 
 import typer
 
-from afpq.commands import compare, evaluate, inspect, quantize
+from afpq.commands import compare, evaluate, exchange, inspect, quantize
 from afpq.commands.common import app
 from afpq.console import errors
 from afpq.errors import AfpqError
 
-COMMANDS = (quantize, inspect, evaluate, compare)  # importing them registers their commands
+COMMANDS = (quantize, inspect, evaluate, compare, exchange)  # importing them registers their commands
 
 
 class _Stop:

@@ -198,7 +198,7 @@ def _shares(plan: Plan) -> dict[str, float]:
     total = sum(info.elements for info in infos.values())
     modules = [plan.ends.embedding, None if plan.ends.tied else plan.ends.head]
     names = {module: plan.names.get(f"{module}.weight") for module in modules if module is not None}
-    return {module: infos[name].elements / total for module, name in names.items() if name is not None}
+    return {module: infos[found.tensor].elements / total for module, found in names.items() if found is not None}
 
 
 @contextmanager

@@ -184,7 +184,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
-        raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model")
+        hint = ", or keep these weights with afpq import" if method == "bitsandbytes" else ""
+        raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model{hint}")
     names = _tensor_names(checkpoint, model)
     recipe, ends = settle_recipe(model, recipe, Located(checkpoint.tensors, model).differ)
     linears = find_linears(model)
@@ -302,7 +303,7 @@ def _units(
     blocks = [block.name for block in find_blocks(model)]
     members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
     known = set(blocks)
-    members[HEAD] = [head] if any(target.stored.tensor == head for target in targets) else []
+    members[HEAD] = [target.stored.tensor for target in targets if target.stored.tensor == head]
     for tensor in checkpoint.tensors:
         if tensor == head:
             continue

@@ -23,7 +23,7 @@ from afpq.kernels import set_compute
 from afpq.linear import AfpqLinear, PackedModule
 from afpq.loading import load_model, quiet_transformers
 from afpq.memory import available_memory
-from afpq.packing import from_tensors, layout
+from afpq.packing import Spec, from_tensors, layout
 from afpq.plan import Plan, Target
 from afpq.source import Checkpoint, Stored
 
@@ -32,9 +32,8 @@ WINDOW = 16  # tokens
 LAYER_TOLERANCE, LOGITS_TOLERANCE = 1e-3, 1e-2  # relative; float32 in another order differs by about 1e-6
 
 
-def check_tensors(written: Checkpoint, plan: Plan, digests: Mapping[str, str]) -> None:
+def check_tensors(written: Checkpoint, outputs: Mapping[str, Spec], digests: Mapping[str, str]) -> None:
     """Every tensor is in the files as it was planned and made. Raises AfpqError naming the first that is not."""
-    outputs = plan.outputs()
     unknown = next((name for name in written.tensors if name not in outputs), None)
     if unknown is not None:
         raise AfpqError(f"self-test: tensor {unknown} was written but not planned; this is a bug")

@@ -94,7 +94,7 @@ def swap_ends(model: PreTrainedModel, ends: Ends, recipe: Recipe, kept: Sequence
         elif ends.tied:
             table = model.get_submodule(ends.embedding or "")
             assert isinstance(table, AfpqEmbedding)
-            new = AfpqTiedHead(table, old.bias)  # type: ignore[arg-type]
+            new = AfpqTiedHead(table, old.bias)
         else:
             new = _empty_layer(old, scheme)
         if not packed and not isinstance(new, AfpqTiedHead):

@@ -64,7 +64,8 @@ def _plain_linear(layer: AfpqLinear, dtype: torch.dtype) -> nn.Module:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(plain, layer._hf_hook)
-    return plain.train(layer.training)
+    plain.train(layer.training)
+    return plain
 
 
 def _empty_linear(layer: AfpqLinear) -> nn.Module:

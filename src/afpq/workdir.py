@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from afpq.checkpoint import write_json
 from afpq.errors import AfpqError
 
 JOURNAL = "afpq_journal.jsonl"
@@ -50,6 +52,18 @@ class WorkDirectory:
         self._append({"unit": unit, "notes": notes, "digests": digests or {}})
         self.finished[unit] = notes
         self.digests |= digests or {}
+
+    @contextmanager
+    def as_published(self, config: dict[str, Any]) -> Iterator[Path]:
+        """A directory of links that looks as OUT will, while OUT.partial has no config.json and cannot be loaded."""
+        with tempfile.TemporaryDirectory(prefix="afpq-") as place:
+            directory = Path(place) / self.out.name
+            directory.mkdir()
+            for path in self.path.iterdir():
+                if path.is_file() and path.name not in ("config.json", JOURNAL):  # a run killed at its end left one
+                    (directory / path.name).symlink_to(path)
+            write_json(directory / "config.json", config)
+            yield directory
 
     def publish(self) -> None:
         """Drop the scratch files and the journal, and give the directory its real name."""
