@@ -18,7 +18,7 @@ ORDER = [
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "blocks", "folds", "calibrate",
     "source", "config", "data", "skeleton", "plan", "pipeline", "transforms", "calibrated", "convert",
-    "checkpoint", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
+    "checkpoint", "lock", "workdir", "integrations", "integrations.transformers", "memory", "loading", "selftest",
     "integrations.lm_eval", "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
     "__init__", "console",
     "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",

@@ -25,6 +25,7 @@ from afpq.data import sample_windows, tokenize
 from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.loading import load_tokenizer, window_length
+from afpq.lock import LOCK
 from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan, make_plan
@@ -264,8 +265,9 @@ def _as_published(work: WorkDirectory, config: dict[str, Any]) -> Iterator[Path]
     with tempfile.TemporaryDirectory(prefix="afpq-") as place:
         directory = Path(place) / work.out.name
         directory.mkdir()
+        others = ("config.json", JOURNAL, LOCK)  # a run killed at its end left a config
         for path in work.path.iterdir():
-            if path.is_file() and path.name not in ("config.json", JOURNAL):  # a run killed at its end left a config
+            if path.is_file() and path.name not in others:
                 (directory / path.name).symlink_to(path)
         write_json(directory / "config.json", config)
         yield directory
