@@ -17,6 +17,7 @@ from transformers.utils import logging
 from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
+from afpq.skeleton import read_config
 from afpq.source import open_checkpoint
 
 T = TypeVar("T")
@@ -45,8 +46,11 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
     place = find_device(device)
     checkpoint = open_checkpoint(model)
     directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
-    if isinstance(keys, dict) and keys.get("quant_method") not in AUTO_QUANTIZER_MAPPING:
-        raise AfpqError(f"{model}: quantized by {keys.get('quant_method')!r}, which Transformers cannot load here")
+    if keys is not None:
+        method = keys.get("quant_method") if isinstance(keys, dict) else keys
+        if not isinstance(method, str) or method not in AUTO_QUANTIZER_MAPPING:
+            raise AfpqError(f"{model}: quantized by {str(method)[:80]!r}, which Transformers cannot load here")
+    read_config(directory, trust_remote_code)
     loaded, report = _guarded(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -97,5 +101,5 @@ def _guarded(model: str | Path, load: Callable[[], T]) -> T:
         return load()
     except AfpqError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # files are foreign input: any class of Transformers may stumble over them its own way
         raise AfpqError(f"{model}: Transformers cannot load it: {' '.join(str(error).split())[:300]}") from None

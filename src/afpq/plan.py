@@ -118,9 +118,10 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
     Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or
     dtype than the model says, and where nothing is left to quantize.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
-        raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model")
+    done = checkpoint.config.get("quantization_config")
+    if done:
+        method = done.get("quant_method") if isinstance(done, dict) else done
+        raise AfpqError(f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model")
     names = _tensor_names(checkpoint, model)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
@@ -137,6 +138,11 @@ def make_plan(checkpoint: Checkpoint, model: nn.Module, recipe: Recipe) -> Plan:
             kept.discard(module)
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
+    for tensor, target in targets.items():
+        parts = (target.prefix + part for part in layout(target.scheme, *target.shape))
+        taken = next((name for name in parts if name in checkpoint.tensors), None)
+        if taken is not None:
+            raise AfpqError(f"{checkpoint.directory}: tensor {taken} is in the way of {tensor}, quantized")
     return Plan(checkpoint, recipe, _units(checkpoint, model, names, targets), tuple(sorted(kept)), names)
 
 

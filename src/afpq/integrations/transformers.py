@@ -92,6 +92,9 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         recipe, kept = self.quantization_config.recipe()
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
+        other = next((file for file in checkpoint_files or () if not file.endswith(".safetensors")), None)
+        if self.pre_quantized and other is not None:
+            raise AfpqError(f"{other}: a quantized model is read from safetensors only")
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         # A saved model lists every linear it kept; the blocks matter only while deciding.
         candidates = _all_linears(model) if self.pre_quantized else find_linears(model)
@@ -127,6 +130,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise AfpqError(
                     f"{name}.weight: not in the checkpoint, or not under this name; list it as not to convert"
                 )
+            module.check_scales(name)
             module.prepare()
         return model
 

@@ -254,7 +254,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """See `reference.linear`. Raises AfpqError for operands that do not fit together or are on different devices."""
-    columns, rows = x.shape[-1], len(weight.qweight)
+    columns, rows = x.shape[-1] if x.dim() else 0, len(weight.qweight)
+    weight.check_bias(bias)
     if kernels() is None or weight.bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
         return reference.linear(x, weight, bias)
     call = _Call(weight, columns)
