@@ -174,8 +174,7 @@ def _done(error: int) -> None:
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """See `reference.linear`; the weight is not rounded to the dtype of x."""
     library = native()
-    columns = x.shape[-1] if x.dim() else 0
-    weight.check_bias(bias)
+    columns = weight.check_inputs(x, bias)
     described = _described(weight, columns)
     if library is None or described is None or x.dtype not in _KINDS or columns == 0:
         return reference.linear(x, weight, bias)

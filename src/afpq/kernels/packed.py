@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -38,6 +39,8 @@ class Packed(NamedTuple):
         not fit.
         """
         qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = self
+        if qweight is None or scales is None:  # which torch lets pass for a tensor
+            raise AfpqError("a weight needs qweight and scales")
         if bits not in BITS or columns < 0 or (group_size < 1 and group_size != -1):
             raise AfpqError(f"{bits} bits, {columns} columns in groups of {group_size}: no such weight")
         if qweight.dim() != 2 or qweight.shape[1] != packed_size(columns, bits) or qweight.dtype != torch.uint8:
@@ -56,25 +59,31 @@ class Packed(NamedTuple):
             raise AfpqError(f"scales are {scales.dtype}, and {'no' if grid is None else 'a'} grid is given")
         if grid is not None and (grid.shape != (2,) or grid.dtype != torch.float32):
             raise AfpqError(f"scale_grid is {list(grid.shape)} {grid.dtype}, expected [2] torch.float32")
-        zero_bytes = 0
+        if len(codebook) > 2**bits:
+            raise AfpqError(f"a code book of {len(codebook)} values does not fit {bits} bits")
+        zero_bytes, counts = 0, _counts(tuple(codebook)) and len(codebook) == 2**bits
         if zeros is not None:
-            if scales_neg is not None or not _counts(tuple(codebook)):
-                raise AfpqError("zero points are for one scale and a code book of consecutive integers")
+            if scales_neg is not None or not counts:
+                raise AfpqError("zero points are for one scale and a whole code book of consecutive integers")
             zero_bytes = packed_size(rows, bits)
             if zeros.shape != (groups, zero_bytes) or zeros.dtype != torch.uint8:
                 raise AfpqError(
                     f"zeros is {list(zeros.shape)} {zeros.dtype}, expected {[groups, zero_bytes]} torch.uint8"
                 )
-        if len(codebook) > 2**bits:
-            raise AfpqError(f"a code book of {len(codebook)} values does not fit {bits} bits")
         return groups, zero_bytes
 
-    def check_bias(self, bias: Tensor | None) -> None:
-        """Raises AfpqError unless there is one number for each row, or no bias."""
-        if bias is not None and bias.shape != (len(self.qweight),):
-            raise AfpqError(f"bias is {list(bias.shape)}, expected {[len(self.qweight)]}")
+    def check_inputs(self, x: Tensor, bias: Tensor | None) -> int:
+        """Columns of x. Raises AfpqError unless it has some dimension, and the bias one number for each row."""
+        if x is None or self.qweight is None or x.dim() == 0 or self.qweight.dim() != 2:
+            raise AfpqError("inputs [..., in_features] and a qweight of two dimensions are needed")
+        if bias is not None and bias.shape != self.qweight.shape[:1]:
+            raise AfpqError(f"bias is {list(bias.shape)}, expected {list(self.qweight.shape[:1])}")
+        return x.shape[-1]
 
 
 @lru_cache(maxsize=64)
 def _counts(values: tuple[float, ...]) -> bool:
+    """Whether a code book is of consecutive integers. Raises AfpqError for NaN or Inf in it."""
+    if not all(map(math.isfinite, values)):
+        raise AfpqError("the code book holds NaN or Inf")
     return all(b - a == 1 for a, b in pairwise(values))

@@ -26,5 +26,6 @@ def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] -> x @ w_hat^T + bias, [..., out], in the dtype of x; w_hat is rounded to that dtype first."""
-    weight.check_bias(bias)
-    return torch_linear(x, dequantize(weight, x.shape[-1] if x.dim() else 0, x.dtype), bias)
+    columns = weight.check_inputs(x, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch_linear(x, dequantize(weight, columns, x.dtype), bias)
