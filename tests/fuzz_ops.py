@@ -29,6 +29,7 @@ from afpq.scheme import Scheme
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.int8, torch.bool,
           torch.complex64, torch.float8_e4m3fn)  # fmt: skip
+SAID_BY_TORCH = ("afpq::", "Overflow", "parse", "overflow", "meta", "Could not run")
 COUNTS = (0, -1, -5, 1, 5, 8, 16, 31, 32, 64, 2**40, 2**62)
 Call = dict[str, Any]
 
@@ -75,6 +76,8 @@ def spoil(call: Call, dice: Dice) -> Call:
 
 
 def _other_tensor(value: Tensor, dice: Dice) -> Any:
+    if value.is_sparse or value.is_meta:
+        return value
     kinds = (
         lambda: None,
         lambda: value[:-1] if value.dim() else value,
@@ -117,7 +120,7 @@ def judge(call: Call) -> str:
         except (RuntimeError, TypeError, NotImplementedError) as error:  # before any code of ours
             assert error.__traceback__ is not None
             said = str(error)
-            assert any(part in said for part in ("afpq::", "Overflow", "parse", "overflow", "meta", "Could not run")), said
+            assert any(part in said for part in SAID_BY_TORCH), said
             ends.append("refused by torch")
             continue
         ends.append(_check(op, call, result))
@@ -128,8 +131,10 @@ def _check(op: str, call: Call, result: Tensor) -> str:
     if result.is_meta:
         return "shapes only"
     columns = call["in_features"] if op == "dequantize" else call["x"].shape[-1]
-    names = {"qweight": "qweight", "scales": "scales", "scales_neg": "scales_neg", "zeros": "zeros", "grid": "scale_grid"}
-    tensors = {new: _plain(call[old]) for old, new in names.items() if call[old] is not None}
+    parts = ("qweight", "scales", "scales_neg", "zeros", "grid")
+    tensors = {part: _plain(call[part]) for part in parts if call[part] is not None}
+    if "grid" in tensors:
+        tensors["scale_grid"] = tensors.pop("grid")
     if "scales_neg" in tensors:
         tensors["scales_pos"] = tensors.pop("scales")
     span = columns if call["group_size"] == -1 else call["group_size"]

@@ -108,9 +108,9 @@ def _bytes(content: bytes | str) -> bytes:
 # ---- damage
 
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 5, 8, 16, 64, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, math.nan, math.inf, "", "a",
-    "afpq", "nf4", "nf3", "int4", "fp4", "lut:1", "lut:-1:0:nan:1", "float16", "log8", "\ud800", "ü", "\x1b[31m", "../x",
-    "(", "a{9999999999}", "(" * 2000, [], [1], ["q_proj"], ["("], [None], {}, {"a": 1}, {"+:q_proj": {"bits": 3}},
+    None, True, False, 0, 1, -1, 2, 3, 5, 8, 16, 64, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, math.nan, math.inf, "",
+    "a", "afpq", "nf4", "nf3", "int4", "fp4", "lut:1", "lut:-1:0:nan:1", "float16", "log8", "\ud800", "ü", "\x1b[31m",
+    "../x", "(", "a{9999999999}", "(" * 2000, [], [1], ["q_proj"], ["("], [None], {}, {"a": 1}, {"+:q_proj": {"bits": 3}},
     {"+:(": {}}, {"-:.*": {}}, {"+:q": []}, {"+:q_proj": {"group_size": 16, "rank": "x"}}, [[[[]]]],
 )  # fmt: skip
 NAMES = (
@@ -135,7 +135,7 @@ def damage(files: Files, dice: Dice) -> Files:
     """One or two kinds of damage."""
     for _ in range(1 + dice(2)):
         files = dict(files)
-        pick(dice, (*[_config] * 4, *[_header] * 4, *[_data] * 5, _bits, _bits, _cut, _index, _kind, _nested))(files, dice)
+        pick(dice, KINDS)(files, dice)
     return files
 
 
@@ -247,7 +247,11 @@ def _kind(files: Files, dice: Dice) -> None:
 def _nested(files: Files, dice: Dice) -> None:
     name = pick(dice, sorted(name for name in files if name.endswith(".json")) or ["config.json"])
     deep = pick(dice, (900, 100_000))
-    files[name] = pick(dice, (b"[" * deep + b"]" * deep, b'{"a":' * deep + b"1" + b"}" * deep, b"[" * deep, b"9" * deep))
+    opening, closing = pick(dice, ((b"[", b"]"), (b'{"a":', b"}"), (b"[", b""), (b"9", b"")))
+    files[name] = opening * deep + b"1" + closing * deep
+
+
+KINDS = (*[_config] * 4, *[_header] * 4, *[_data] * 5, _bits, _bits, _cut, _index, _kind, _nested)
 
 
 def write(files: Files, directory: Path) -> None:
