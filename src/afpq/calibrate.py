@@ -9,6 +9,7 @@ gives it (positions, masks), whatever the architecture. After that a block is a 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,8 +74,7 @@ class Activations:
     def __init__(self, path: Path, shape: tuple[int, ...], create: bool) -> None:
         self.path, size = path, torch.Size(shape).numel()
         if create:
-            with open(path, "wb") as file:
-                file.truncate(4 * size)
+            _reserve(path, 4 * size)
         elif not path.exists() or path.stat().st_size != 4 * size:
             raise AfpqError(f"{path}: missing or of another size; start again with --no-resume")
         self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
@@ -90,6 +90,20 @@ class Activations:
         """One batch of windows spread evenly over all: what a search with many forward passes can afford."""
         size = batch_size(*self.tensor.shape[:2])
         return self.tensor[torch.linspace(0, len(self.tensor) - 1, size).round().long()].to(device)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of zeros whose blocks are there. Raises OSError where the disk is too small.
+
+    A file that is only long enough has none until it is written, and a memory map that finds no block while it is
+    written ends the process with SIGBUS.
+    """
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        for first in range(0, size, 1 << 20):
+            file.write(bytes(min(1 << 20, size - first)))
 
 
 def batch_size(windows: int, length: int) -> int:

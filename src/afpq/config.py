@@ -159,5 +159,5 @@ def is_kept(name: str, kept: Iterable[str]) -> bool:
 def _matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):  # a name need not be a pattern
         return False

@@ -198,4 +198,5 @@ def decode_groups(codes: Tensor, scales: GroupScales, values: tuple[float, ...])
 
 @lru_cache(maxsize=64)
 def _book(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    """The values by code; a code behind the last, which only a damaged file has, stands for 0 in every kernel."""
+    return torch.tensor([*values, *[0.0] * (256 - len(values))], dtype=torch.float32, device=device)

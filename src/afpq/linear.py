@@ -13,6 +13,7 @@ from afpq import kernels
 from afpq.errors import AfpqError
 from afpq.groups import QuantizedWeight
 from afpq.packing import from_tensors, layout, to_tensors
+from afpq.scales import check_stored
 from afpq.scheme import Scheme
 
 
@@ -88,16 +89,24 @@ class PackedModule(nn.Module):
         self.prepare()
         return self
 
+    def check_scales(self, name: str) -> None:
+        """Raises AfpqError naming a tensor of this layer, called `name`, whose scales are NaN or Inf."""
+        check_stored({part: buffer for part, buffer in self._buffers.items() if buffer is not None}, f"{name}.")
+
     def prepare(self) -> None:
         """Make what the kernels of its device keep, before the first call; moving a layer does it by itself."""
         kernels.prepare(self.scheme.format.values, self.scheme.format.bits, self.qweight.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Refuses a tensor of another dtype, which torch would cast without a word."""
-        for name, buffer in self._buffers.items():
-            given = state_dict.get(prefix + name)
-            if given is not None and buffer is not None and given.dtype != buffer.dtype:
-                raise AfpqError(f"tensor {prefix + name} is {given.dtype}; {self.scheme} stores {buffer.dtype}")
+        """Refuses a tensor of another dtype, which torch would cast without a word, and scales that are NaN or Inf."""
+        given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        stored = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+        for name, tensor in stored.items():
+            expected = self._buffers[name]
+            if expected is not None and tensor.dtype != expected.dtype:
+                raise AfpqError(f"tensor {prefix + name} is {tensor.dtype}; {self.scheme} stores {expected.dtype}")
+            if expected is not None and tensor.shape == expected.shape:
+                check_stored({name: tensor}, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

@@ -61,6 +61,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., packed_size(count, bits)] -> uint8 [..., count]."""
+    if packed.numel() == 0:  # has no strides to view it by
+        return packed.new_empty((*packed.shape[:-1], count))
     if bits == 4:
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
     elif bits == 2:

@@ -182,10 +182,13 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or
     dtype than the model says, and where nothing is left to quantize.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
+    done = checkpoint.config.get("quantization_config")
+    if done:
+        method = done.get("quant_method") if isinstance(done, dict) else done
         hint = ", or keep these weights with afpq import" if method == "bitsandbytes" else ""
-        raise AfpqError(f"{checkpoint.directory}: already quantized ({method}); give the original model{hint}")
+        raise AfpqError(
+            f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model{hint}"
+        )
     names = _tensor_names(checkpoint, model)
     recipe, ends = settle_recipe(model, recipe, Located(checkpoint.tensors, model).differ)
     linears = find_linears(model)
@@ -207,9 +210,18 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     kept -= ends.schemes(recipe).keys()
     if not targets:
         raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
+    _check_names(checkpoint, targets)
     kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
     units = _units(checkpoint, model, names, targets, head)
     return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends)
+
+
+def _check_names(checkpoint: Checkpoint, targets: list[Target]) -> None:
+    for target in targets:
+        parts = (target.prefix + part for part in layout(target.scheme, *target.shape))
+        taken = next((name for name in parts if name in checkpoint.tensors), None)
+        if taken is not None:
+            raise AfpqError(f"{checkpoint.directory}: tensor {taken} is in the way of {target.tensor}, quantized")
 
 
 def _left_experts(model: nn.Module, recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from afpq.checkpoint import write_json
+from afpq.checkpoint import write_json, write_whole
 from afpq.errors import AfpqError
 from afpq.evaluate import Evaluation
 
@@ -74,7 +75,7 @@ def write_report(directory: Path, title: str, text: str, rows: Sequence[Row]) ->
         written = [directory / "report.md", directory / "report.json"]
         picture = plot_symmetric_against_asymmetric(rows, title, directory / "report.png")
         image = f"![{title}]({picture.name})\n\n" if picture else ""
-        written[0].write_text(f"# {title}\n\n{text}\n\n{image}{markdown_table(rows)}", "utf-8")
+        write_whole(written[0], f"# {title}\n\n{text}\n\n{image}{markdown_table(rows)}".encode())
         write_json(written[1], {"title": title, "rows": [row.to_json() for row in rows]})
     except OSError as error:
         raise AfpqError(f"{directory}: cannot write the report: {error.strerror or error}") from None
@@ -97,7 +98,9 @@ def plot_symmetric_against_asymmetric(rows: Sequence[Row], title: str, path: Pat
         _panel(axis, bits, [(m["format"], m["sym"], row) for m, row in found if m["bits"] == bits])
     axes[0].set_ylabel("KL x 1000 (lower is better)")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_whole(path, picture.getvalue())
     return path
 
 

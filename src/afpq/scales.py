@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -95,3 +96,13 @@ def from_bytes(stored: Tensor, grid: Tensor) -> Tensor:
     k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
     magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
     return torch.cat([magnitudes, -magnitudes])[stored.int()]
+
+
+def check_stored(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Raises AfpqError naming the first of a weight's saved tensors that makes a scale NaN or Inf; no scale is."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.dtype.is_floating_point:
+            continue
+        reached = from_bytes(torch.arange(2 * LEVELS, device=tensor.device), tensor) if name == "scale_grid" else tensor
+        if not bool(torch.isfinite(reached).all()):
+            raise AfpqError(f"tensor {prefix}{name} holds or makes NaN or Inf; the file is damaged, get it again")

@@ -66,7 +66,7 @@ class Scheme:
     grid: ScaleGrid | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 and self.group_size != -1:
+        if not (self.group_size == -1 or 1 <= self.group_size < 2**31):
             raise AfpqError(f"group size {self.group_size}: use a positive number, or -1 for one group a row")
         if self.scale_dtype not in SCALE_BITS:
             raise AfpqError(f"scale dtype {self.scale_dtype!r}; known: {', '.join(SCALE_BITS)}")
@@ -151,7 +151,7 @@ class Recipe:
         for pattern in (*self.skip, *(p for p, _ in self.overrides)):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise AfpqError(f"pattern {pattern!r} is not a regular expression: {error}") from None
 
     @property

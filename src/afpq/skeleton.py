@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from afpq.errors import AfpqError
 from afpq.unfuse import unfuse
 
+MOST_LAYERS = 10_000
+
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
@@ -54,6 +56,23 @@ def model_class(config: Any, trust_remote_code: bool = False) -> Any:
     return named if known else AutoModelForCausalLM
 
 
+def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """Transformers' object of config.json. Raises AfpqError where it cannot make one, or no machine could hold it."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:  # a config is foreign input: any class of Transformers may stumble over it its own way
+        raise _cannot_build(directory, error) from None
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them one by one would take for ever
+        raise AfpqError(f"{directory / 'config.json'}: num_hidden_layers is {layers}; {MOST_LAYERS} are the most")
+    return config
+
+
+def _cannot_build(directory: Path, error: Exception) -> AfpqError:
+    reason = " ".join(str(error).split())
+    return AfpqError(f"{directory}: Transformers cannot build this model: {reason[:300] or type(error).__name__}")
+
+
 def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The architecture that config.json names, in evaluation mode: parameters on the meta device, buffers real.
 
@@ -61,8 +80,8 @@ def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrain
 
     Raises AfpqError where Transformers does not know it, or it needs code from the checkpoint that was not allowed.
     """
+    config = read_config(directory, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         named = model_class(config, trust_remote_code)
@@ -74,6 +93,5 @@ def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrain
             )
         unfuse(model)
         return model.eval()
-    except Exception as error:  # a config is foreign input: any class of Transformers may stumble over it its own way
-        reason = " ".join(str(error).split())
-        raise AfpqError(f"{directory}: Transformers cannot build this model: {reason[:300]}") from None
+    except Exception as error:  # as above
+        raise _cannot_build(directory, error) from None

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from afpq.errors import AfpqError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("bin", "pt", "pth", "ckpt", "pkl", "pickle")  # never opened
 CARD = "README.md"  # read for its licence, never copied: the output has a card of its own
 # Copied beside the weights: everything small that is not the weights, their index or the config.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*")
@@ -45,7 +47,7 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -129,29 +131,48 @@ def read_tensor(info: TensorInfo, name: str) -> Tensor:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """A directory, or the id of a repository on the hub (downloaded to its cache) -> Checkpoint.
 
-    Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, or
-    weights that are not safetensors.
+    Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, an
+    index that leads out of the directory, a tensor that two files hold, or weights that are not safetensors.
     """
     directory = _locate(model)
     config = read_json(directory / "config.json")
-    if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise AfpqError(f"{directory / INDEX}: no weight_map in it")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise AfpqError(f"{directory / INDEX}: its weight_map must give the name of a file for each tensor")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    elif (directory / WEIGHTS).exists():
+    # Transformers takes a single file before an index; so do we, or two readers would see two models.
+    if (directory / WEIGHTS).exists():
         files, weight_map = [directory / WEIGHTS], {}
+    elif (directory / INDEX).exists():
+        weight_map = _weight_map(directory / INDEX)
+        files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
-        raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read")
+        pickles = sorted(path.name for kind in PICKLES for path in directory.glob(f"*.{kind}"))
+        beside = f" ({pickles[0][:80]} was not opened: a pickle can run code)" if pickles else ""
+        raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read{beside}")
+    other = config.get("transformers_weights")
+    if other is not None and other != (INDEX if weight_map else WEIGHTS):
+        raise AfpqError(f"{directory / 'config.json'}: transformers_weights is {str(other)[:80]!r}; remove it")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        tensors |= tensor_headers(file)
+        headers = tensor_headers(file)
+        twice = next((name for name in headers if name in tensors), None)
+        if twice is not None:
+            raise AfpqError(f"{file}: tensor {twice} is in {tensors[twice].file.name} too; which one counts?")
+        tensors |= headers
     missing = next((name for name in weight_map if name not in tensors), None)
     if missing is not None:
         raise AfpqError(f"{directory / weight_map[missing]}: tensor {missing} is listed in {INDEX} but not there")
     return Checkpoint(directory, config, tensors)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the name of its file, which lies beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AfpqError(f"{index}: no weight_map in it")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise AfpqError(f"{index}: its weight_map must give the name of a file for each tensor")
+        if not name.endswith(".safetensors") or name != PurePath(name).name or "\0" in name:
+            raise AfpqError(f"{index}: {name[:200]!r} is not the name of a safetensors file beside it")
+    return weight_map
 
 
 def _locate(model: str | Path) -> Path:
@@ -175,10 +196,12 @@ def _locate(model: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises AfpqError if it is missing or is something else."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise AfpqError(f"{path}: is no file")
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise AfpqError(f"{path}: missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise AfpqError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise AfpqError(f"{path}: expected a JSON object")
@@ -187,10 +210,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def tensor_headers(file: Path) -> dict[str, TensorInfo]:
     """Name -> what the header says, of one safetensors file. Raises AfpqError if it is missing or not whole."""
-    if not file.exists():
-        raise AfpqError(f"{file}: missing shard")
     tensors = {}
     try:
+        if not file.is_file():
+            raise AfpqError(f"{file}: missing shard" if not file.exists() else f"{file}: is no file")
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 piece = opened.get_slice(name)

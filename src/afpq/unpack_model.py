@@ -71,5 +71,6 @@ def _plain_linear(layer: AfpqLinear, dtype: torch.dtype) -> nn.Module:
 def _empty_linear(layer: AfpqLinear) -> nn.Module:
     if layer.conv1d:
         with torch.device("meta"):
-            return Conv1D(layer.out_features, layer.in_features)
+            conv: nn.Module = Conv1D(layer.out_features, layer.in_features)
+            return conv
     return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

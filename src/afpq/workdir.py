@@ -3,22 +3,24 @@
 
 The journal holds a fingerprint of everything that decides the result, then a line for each finished unit. A unit's
 line is written after its tensors are on the disk, so whatever moment a run is killed at, the journal is right; a torn
-last line is dropped.
+last line is dropped. One run at a time works in it (`lock.py`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from afpq.checkpoint import write_json
 from afpq.errors import AfpqError
+from afpq.lock import LOCK, Lock
 
 JOURNAL = "afpq_journal.jsonl"
 SCRATCH = "scratch"
@@ -35,11 +37,15 @@ class WorkDirectory:
         self.out, self.path = out, out.with_name(f"{out.name}.partial")
         self.finished: dict[str, list[dict[str, Any]]] = {}
         self.digests: dict[str, str] = {}
-        kept = self._read_journal() if resume and self.path.exists() else None
-        if kept is None:
-            self._start(fingerprint)
-        else:
-            self._continue(kept, fingerprint)
+        self.lock = Lock(self.path)
+        try:
+            self._begin(fingerprint, resume)
+        except BaseException:
+            with suppress(OSError):
+                if {path.name for path in self.path.iterdir()} <= {LOCK}:
+                    self.discard()
+            self.lock.release(self.path)
+            raise
         self.keep = bool(self.finished)
 
     @property
@@ -60,29 +66,66 @@ class WorkDirectory:
             directory = Path(place) / self.out.name
             directory.mkdir()
             for path in self.path.iterdir():
-                if path.is_file() and path.name not in ("config.json", JOURNAL):  # a run killed at its end left one
+                # A run killed at its end left a config.
+                if path.is_file() and path.name not in ("config.json", JOURNAL, LOCK):
                     (directory / path.name).symlink_to(path)
             write_json(directory / "config.json", config)
             yield directory
 
     def publish(self) -> None:
-        """Drop the scratch files and the journal, and give the directory its real name."""
+        """Drop the scratch files, give the directory its real name once all is on the disk, and drop the journal."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        (self.path / JOURNAL).unlink()
+        for path in self.path.iterdir():
+            _sync(path)
+        _sync(self.path)
+        _refuse_existing(self.out)
         os.replace(self.path, self.out)
+        with suppress(OSError):  # it is there, whatever happens now
+            (self.out / JOURNAL).unlink()
+            _sync(self.out.parent)
+        self.lock.release(self.out)
 
     def discard(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the directory; the lock's file goes last, so that no run begins among what is being removed."""
+        with suppress(OSError):
+            self._clear()
+        self.lock.release(self.path)
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def leave(self, keep: bool) -> None:
+        """End without a result: go on from here later, or as if nothing had been."""
+        if keep:
+            self.lock.release(self.path)
+        else:
+            self.discard()
+
+    def _begin(self, fingerprint: dict[str, Any], resume: bool) -> None:
+        _refuse_existing(self.out)  # asked with the lock held: the run that held it before may have made it
+        kept = self._read_journal() if resume else None
+        if kept is None:
+            self._start(fingerprint)
+        else:
+            self._continue(kept, fingerprint)
 
     def _start(self, fingerprint: dict[str, Any]) -> None:
-        if self.path.exists():
-            if not (self.path / JOURNAL).exists() and any(self.path.iterdir()):
-                raise AfpqError(
-                    f"{self.path}: is in the way, and was not made by afpq; move it or choose another place"
-                )
-            shutil.rmtree(self.path)
-        self.scratch.mkdir(parents=True)
-        self._append({"fingerprint": fingerprint})
+        if not (self.path / JOURNAL).exists() and any(path.name != LOCK for path in self.path.iterdir()):
+            raise AfpqError(f"{self.path}: is in the way, and was not made by afpq; move it or choose another place")
+        self._clear()
+        try:
+            self.scratch.mkdir()
+            self._append({"fingerprint": fingerprint})
+        except OSError:
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
+        """Everything but the lock; the journal last, so that the directory can be told as ours until the end."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == JOURNAL):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def _continue(self, lines: list[dict[str, Any]], fingerprint: dict[str, Any]) -> None:
         old = lines[0]["fingerprint"]
@@ -124,15 +167,15 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
     """Work in OUT.partial. It is renamed at the end, and kept for a later run if it is stopped after a finished unit.
 
     Bad input (AfpqError) discards it, unless it is to be kept (`WorkDirectory.keep`). Raises AfpqError where OUT
-    exists already, was begun otherwise, or cannot be written, and where the disk is too small for `needed_bytes`.
+    exists already or appears meanwhile, was begun otherwise, is worked in by another run, or cannot be written, and
+    where the disk is too small for `needed_bytes`.
     """
     out = Path(os.path.abspath(out))
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise AfpqError(f"{out}: exists already; remove it or choose another place")
+        _refuse_existing(out)
         work = WorkDirectory(out, fingerprint, resume)
     except (OSError, ValueError) as error:
-        raise AfpqError(f"{out}: cannot write: {getattr(error, 'strerror', None) or error}") from None
+        raise _cannot_write(out, error) from None
     try:
         free = shutil.disk_usage(work.path).free
         if not work.finished and free < needed_bytes:
@@ -140,17 +183,34 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
         yield work
         work.publish()
     except AfpqError:
-        if not work.keep:
-            work.discard()
+        work.leave(work.keep)
         raise
     except OSError as error:
-        _keep_or_discard(work)
-        raise AfpqError(f"{out}: cannot write: {error.strerror or error}") from None
+        work.leave(bool(work.finished))
+        raise _cannot_write(out, error) from None
     except BaseException:
-        _keep_or_discard(work)
+        work.leave(bool(work.finished))
         raise
 
 
-def _keep_or_discard(work: WorkDirectory) -> None:
-    if not work.finished:
-        work.discard()
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AfpqError(f"{out}: exists already; remove it or choose another place")
+
+
+def _cannot_write(out: Path, error: OSError | ValueError) -> AfpqError:
+    """Names the file where it is known."""
+    place = getattr(error, "filename", None) or out
+    return AfpqError(f"{place}: cannot write: {getattr(error, 'strerror', None) or error}")
+
+
+def _sync(path: Path) -> None:
+    """Its content survives the end of the machine; of a directory, the names in it."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that do not know it for directories
+            raise
+    finally:
+        os.close(file)

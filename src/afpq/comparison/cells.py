@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,12 +118,8 @@ class Result:
 def save(directory: Path, result: Result, fingerprint: Fingerprint) -> None:
     """Write a cell's file. Raises AfpqError where that is not possible."""
     path = directory / f"{result.cell.file_name}.json"
-    torn = path.with_suffix(".tmp")
     try:
-        write_json(torn, {"fingerprint": fingerprint, "result": result.to_json()})
-        with open(torn, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(torn, path)
+        write_json(path, {"fingerprint": fingerprint, "result": result.to_json()})
     except OSError as error:
         raise AfpqError(f"{path}: cannot write: {error.strerror or error}") from None
 

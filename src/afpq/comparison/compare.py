@@ -42,6 +42,7 @@ from afpq.evaluate import Measured, logits_of, measure
 from afpq.info import model_info
 from afpq.linear import AfpqLinear
 from afpq.loading import load_model
+from afpq.lock import locked
 from afpq.skeleton import build_skeleton
 from afpq.unfuse import unfuse
 
@@ -61,6 +62,7 @@ class Comparison:
     def __init__(self, question: Question, agenda: Agenda, directory: Path) -> None:
         self.question, self.agenda = question, agenda
         self.left_out = list(agenda.left_out)
+        self.directory = directory
         self.cells = directory / "cells"
         self.models = directory / ("models" if question.keep else "work")
         try:
@@ -69,7 +71,14 @@ class Comparison:
             raise AfpqError(f"{directory}: cannot write the report: {error.strerror or error}") from None
 
     def run(self, progress: Progress, note: Note) -> list[Result]:
-        """The float model's result, those of all cells asked for, then earlier ones of the same model and text."""
+        """The float model's result, those of all cells asked for, then earlier ones of the same model and text.
+
+        Raises AfpqError while another run works in the directory.
+        """
+        with locked(self.directory):
+            return self._run(progress, note)
+
+    def _run(self, progress: Progress, note: Note) -> list[Result]:
         results: list[Result] = []
         tasks = self.agenda.tasks
         for index, task in enumerate(tasks):

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from afpq.checkpoint import write_json
+from afpq.checkpoint import write_json, write_whole
 from afpq.comparison.cells import Result
 from afpq.comparison.distributions import Asymmetry
 from afpq.comparison.findings import sentences
@@ -24,8 +23,8 @@ def write_comparison(
     title, said = f"{about.model}: {len(results) - 1} ways to quantize it", sentences(results)
     written = [directory / f"report.{kind}" for kind in ("html", "md", "json")]
     try:
-        _replace(written[0], page(title, said, about, results, groups))
-        _replace(written[1], markdown(title, said, about, results))
+        write_whole(written[0], page(title, said, about, results, groups).encode())
+        write_whole(written[1], markdown(title, said, about, results).encode())
         value = {
             "title": title,
             "findings": said,
@@ -37,10 +36,3 @@ def write_comparison(
     except OSError as error:
         raise AfpqError(f"{directory}: cannot write the report: {error.strerror or error}") from None
     return written
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    torn = path.with_name(f"{path.name}.tmp")
-    torn.write_text(text, "utf-8")
-    os.replace(torn, path)

@@ -125,6 +125,9 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         recipe, kept = self.quantization_config.recipe()
         if not self.pre_quantized and recipe.method != "rtn":
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
+        other = next((file for file in checkpoint_files or () if not file.endswith(".safetensors")), None)
+        if self.pre_quantized and other is not None:
+            raise AfpqError(f"{other}: a quantized model is read from safetensors only")
         self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # for the card to push
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = Located(headers, model)
@@ -167,6 +170,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name}.{left}: not in the checkpoint, or not under this name; list it as not to convert"
                 )
             if isinstance(module, PackedModule):
+                module.check_scales(name)
                 module.settle() if isinstance(module, AfpqEmbedding) else module.prepare()
         if not self.pre_quantized:
             warn_of_left(model, self.blocks)

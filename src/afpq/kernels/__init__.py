@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afpq.errors import AfpqError
 from afpq.kernels import cpu, gpu, reference
 from afpq.kernels.cpu import set_compute
 from afpq.kernels.gpu import prepare
@@ -52,12 +53,21 @@ _register(gpu, "CUDA")
 
 
 def _linear_fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    _on_one_device([x, qweight, *rest])
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
 def _dequantize_fake(qweight: Tensor, *rest: Any) -> Tensor:
     in_features, dtype = rest[-2:]
+    _on_one_device([qweight, *rest])
     return qweight.new_empty((qweight.shape[0], in_features), dtype=dtype)
+
+
+def _on_one_device(operands: list[Any]) -> None:
+    """Raises AfpqError where some tensors have numbers and some only shapes: the result would look like numbers."""
+    places = {operand.device for operand in operands if isinstance(operand, Tensor)}
+    if len(places) > 1:
+        raise AfpqError(f"operands are on {' and '.join(sorted(map(str, places)))}; move them to one device")
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

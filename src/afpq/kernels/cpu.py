@@ -147,11 +147,11 @@ def _described(weight: Packed, columns: int) -> list[Any] | None:
     Raises AfpqError where the tensors do not fit together, since native code would read past their ends.
     """
     qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = weight
-    rows, row_bytes = qweight.shape
-    group = columns if group_size == -1 else group_size
+    groups, zero_bytes = weight.check(columns)
     if bits not in BITS or scales.dtype not in _SCALES:
         return None
-    groups, zero_bytes = weight.check(columns)
+    rows, row_bytes = qweight.shape
+    group = columns if group_size == -1 else group_size
     for tensor in (qweight, scales, scales_neg, zeros, grid):
         if tensor is not None and not tensor.is_contiguous():
             return None
@@ -174,7 +174,7 @@ def _done(error: int) -> None:
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """See `reference.linear`; the weight is not rounded to the dtype of x."""
     library = native()
-    columns = x.shape[-1]
+    columns = weight.check_inputs(x, bias)
     described = _described(weight, columns)
     if library is None or described is None or x.dtype not in _KINDS or columns == 0:
         return reference.linear(x, weight, bias)

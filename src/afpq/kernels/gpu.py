@@ -254,7 +254,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """See `reference.linear`. Raises AfpqError for operands that do not fit together or are on different devices."""
-    columns, rows = x.shape[-1], len(weight.qweight)
+    columns, rows = weight.check_inputs(x, bias), len(weight.qweight)
     if kernels() is None or weight.bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
         return reference.linear(x, weight, bias)
     call = _Call(weight, columns)
@@ -275,6 +275,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`; equal but for scales on a grid, which come from the GPU's power of two."""
+    weight.check(in_features)
     rows, device = len(weight.qweight), weight.qweight.device
     if kernels() is None or weight.bits not in BITS or not dtype.is_floating_point or in_features * rows == 0:
         return reference.dequantize(weight, in_features, dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from afpq.errors import AfpqError
 from afpq.groups import decode
 from afpq.kernels.packed import Packed
 from afpq.packing import packed_size, scales_of, unpack
@@ -17,15 +18,19 @@ PART, PART_ON_CPU = 2**26, 2**20
 
 def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
     """-> [out, in_features] in `dtype`."""
+    weight.check(in_features)
+    if not dtype.is_floating_point:
+        raise AfpqError(f"a weight cannot be given as {dtype}; choose a type of floats")
     qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = weight
-    span = in_features if group_size == -1 else group_size
+    span = max(1, in_features) if group_size == -1 else group_size
     codes = unpack(qweight, bits, in_features)
     return decode(codes, scales_of(scales, scales_neg, zeros, grid, bits), codebook, span).to(dtype)
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """x [..., in] -> x @ w_hat^T + bias, [..., out], in the dtype of x; w_hat is rounded to that dtype first."""
-    columns, rows = x.shape[-1], weight.qweight.shape[0]
+    columns, rows = weight.check_inputs(x, bias), weight.qweight.shape[0]
+    bias = None if bias is None else bias.to(x.dtype)
     part = PART_ON_CPU if x.device.type == "cpu" else PART
     height = max(8, part // max(columns, 1) // 8 * 8)  # whole bytes of zero points
     if rows <= height:
