@@ -44,7 +44,10 @@ class Evaluation:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
-    """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside."""
+    """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside.
+
+    `windows` are token ids, int64 [count, length]. Raises AfpqError for a token that the model does not know.
+    """
     device = next(model.parameters()).device
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     known = getattr(embedding, "num_embeddings", None)

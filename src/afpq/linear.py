@@ -47,7 +47,7 @@ class AfpqLinear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> AfpqLinear:
-        """The layer that computes x @ weight.dequantize().T + bias."""
+        """The layer that computes x @ weight.dequantize().T + bias; weight [out, in], bias [out]."""
         out_features, in_features = weight.codes.shape
         layer = cls(in_features, out_features, weight.scheme, device="meta")
         for name, tensor in to_tensors(weight).items():
@@ -63,7 +63,7 @@ class AfpqLinear(nn.Module):
         return first, buffers.get("scales_neg"), buffers.get("zeros"), buffers.get("scale_grid")
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of x."""
+        """[..., in_features] -> [..., out_features], in the dtype of x. Raises AfpqError for another width of x."""
         if x.shape[-1] != self.in_features:
             raise AfpqError(f"input of {x.shape[-1]} features for a layer of {self.in_features}")
         book = self.scheme.format

@@ -54,7 +54,7 @@ class UnitResult:
 
 
 def solve(name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
-    """One weight by the recipe's method. Raises AfpqError that starts with `name`."""
+    """One weight [out, in], any float, rounded to nearest. Raises AfpqError that starts with `name`."""
     try:
         return quantize_rtn(weight, scheme, recipe.search)
     except AfpqError as error:
@@ -70,6 +70,7 @@ def run(plan: Plan, finished: Container[str] = ()) -> Iterator[UnitResult]:
 
 
 def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a unit's outputs, one weight read at a time; `logs` gets a line for each that is quantized."""
     for name in unit.tensors:
         target = unit.targets.get(name)
         if target is None:
