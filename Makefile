@@ -1,10 +1,11 @@
 # make demo   the product on a small model, no network     make test   everything CI checks by default
+# make docs   the documentation as pages in site/
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow docs lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/afpq demo --report demo-report
@@ -15,6 +16,14 @@ test: lint
 test-slow: $(VENV)/.installed-eval
 	$(BIN)/pytest -m slow
 	$(BIN)/pytest tests/test_lm_eval.py
+
+# Into site/; a warning is an error, and so is a page that would fetch something from another server (docs/hooks.py).
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # The evaluation harness: 630 MB with all it needs, so only here.
 $(VENV)/.installed-eval: $(INSTALLED)
@@ -38,4 +47,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .old-transformers demo-report
+	rm -rf $(VENV) build dist site src/*.egg-info .old-transformers demo-report

@@ -47,7 +47,8 @@ class Evaluation:
 def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
     """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside.
 
-    Raises AfpqError for tokens the model does not know, and for a model that does not predict the next token.
+    `windows` are token ids, int64 [count, length]. Raises AfpqError for tokens the model does not know, and for a model
+    that does not predict the next token.
     """
     require_next_token(model)
     device = next(model.parameters()).device

@@ -74,6 +74,7 @@ class InspectSettings:
             raise AfpqError(f"seed {self.seed}: use a number from 0 to 2^62 - 1")
 
     def rivals(self, bits: int) -> Rivals:
+        """The four schemes that are compared at this width."""
         nf, integer, size = FORMATS[f"nf{bits}"], FORMATS[f"int{bits}"], self.group_size
         return Rivals(Scheme(nf, size), Scheme(nf, size, True), Scheme(nf, size // 2, True), Scheme(integer, size))
 
@@ -129,6 +130,7 @@ class Inspection:
         return self.seconds / self.parameters * 1e9
 
     def kinds(self) -> dict[str, list[LayerFigures]]:
+        """The layers by kind, such as `mlp.up_proj`, in the order they first appear."""
         found: dict[str, list[LayerFigures]] = {}
         for layer in self.layers:
             found.setdefault(layer.kind, []).append(layer)

@@ -146,7 +146,7 @@ class AfpqLinear(PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of x."""
+        """[..., in_features] -> [..., out_features], in the dtype of x. Raises AfpqError for another width of x."""
         if x.shape[-1] != self.in_features:
             raise AfpqError(f"input of {x.shape[-1]} features for a layer of {self.in_features}")
         book = self.scheme.format

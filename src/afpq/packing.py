@@ -118,7 +118,7 @@ def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
 def scales_of(
     scales: Tensor, scales_neg: Tensor | None, zeros: Tensor | None, grid: Tensor | None, bits: int
 ) -> GroupScales:
-    """Saved scale tensors -> GroupScales."""
+    """Saved scale tensors, shaped as `layout` says (`grid` float32 [2]) -> GroupScales [out, groups]."""
     zero = None if zeros is None else unpack(zeros, bits, scales.shape[0]).T
     if grid is not None:
         scales = from_bytes(scales, grid)

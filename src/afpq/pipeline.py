@@ -54,7 +54,7 @@ class UnitResult:
 
 
 def solve(name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
-    """One weight by the recipe's method. Raises AfpqError that starts with `name`."""
+    """One weight [out, in], any float, rounded to nearest. Raises AfpqError that starts with `name`."""
     try:
         return quantize_rtn(weight, scheme, recipe.search)
     except AfpqError as error:

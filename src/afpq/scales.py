@@ -57,7 +57,7 @@ def _magnitudes(grid: ScaleGrid, device: torch.device) -> Tensor:
 
 
 def to_grid(scale: Tensor, grid: ScaleGrid) -> Tensor:
-    """Float scales > 0 -> the nearest k (by ratio), int64."""
+    """Float scales > 0 of any shape -> the nearest k (by ratio), int64, same shape."""
     k = (scale.double().log2() - grid.low) / grid.step
     return k.round_().clamp_(0, LEVELS - 1).long()
 
@@ -82,7 +82,7 @@ def stored(scale: Tensor, scheme: Scheme, saturate: bool = False) -> Tensor:
 
 
 def to_bytes(scale: Tensor, grid: ScaleGrid) -> Tensor:
-    """Scales on the grid, of either sign -> uint8."""
+    """Scales on the grid, of either sign and any shape -> uint8, same shape."""
     return (to_grid(scale.abs(), grid) + SIGN * (scale < 0)).to(torch.uint8)
 
 
@@ -92,7 +92,7 @@ def grid_tensor(grid: ScaleGrid) -> Tensor:
 
 
 def from_bytes(stored: Tensor, grid: Tensor) -> Tensor:
-    """uint8 and the saved grid -> float32 scales."""
+    """uint8 of any shape and the saved grid, float32 [2] -> float32 scales, same shape."""
     k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
     magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
     return torch.cat([magnitudes, -magnitudes])[stored.int()]

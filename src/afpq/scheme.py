@@ -179,7 +179,7 @@ def scheme_of_end(choice: str | Scheme | bool | None, scheme: Scheme) -> Scheme 
 
 
 def default_format(bits: int) -> Format:
-    """The normal-float format of `bits`; int8 for 8."""
+    """The normal-float format of `bits`; int8 for 8. Raises AfpqError for a width that cannot be stored."""
     if bits not in BITS:
         raise AfpqError(f"bits {bits}; possible: {', '.join(map(str, BITS))}")
     return FORMATS.get(f"nf{bits}", FORMATS["int8"])

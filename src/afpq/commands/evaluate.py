@@ -156,7 +156,7 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to the prompt, at most.")] = 64,
     compute: Annotated[str, typer.Option(help="Arithmetic on a CPU: exact, or int8, which is faster.")] = "exact",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
