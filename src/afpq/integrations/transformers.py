@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -33,7 +33,7 @@ from afpq.experts import BIAS, AfpqExperts
 from afpq.groups import QuantizedWeight
 from afpq.integrations.hub import wrap_upload
 from afpq.linear import AfpqLinear, PackedModule
-from afpq.names import Located
+from afpq.names import Located, Merge, Names
 from afpq.packing import to_tensors
 from afpq.pipeline import solve
 from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Recipe, Scheme
@@ -120,6 +120,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self.failures: list[AfpqError] = []
+        self.merges: list[Merge] = []
         if self.quantization_config.dequantize and not self.pre_quantized:
             raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
@@ -146,6 +147,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
         spare_initialization(model)
+        if any(isinstance(module, AfpqExperts) for module in model.modules()):
+            self.merges = Names(model).merges
         if self.pre_quantized:
             if checkpoint_files is not None:
                 check_headers(model, located)
@@ -181,6 +184,11 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
         return waits_to_be_quantized(model.get_submodule(parent), name)
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        """Where experts lie elsewhere in the files, and Transformers' own table would only rename what it merges."""
+        moved = {(m.stored, m.merged) for m in self.merges if m.stored != m.merged} if self.pre_quantized else set()
+        return [WeightRenaming(f"{stored}.", f"{merged}.") for stored, merged in sorted(moved)]
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
