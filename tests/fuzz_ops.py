@@ -150,6 +150,8 @@ def _check(op: str, call: Call, result: Tensor) -> str:
     right = x.double() @ expected.T.double()
     if call["bias"] is not None:
         right, size = right + call["bias"].to(x.dtype).double(), size + call["bias"].double().abs()
+    if x.dtype == torch.float8_e4m3fn:  # small numbers of this type are multiples of 1/512
+        size = size + 0.05 * (1 + x.float().abs().sum())
     bound = {torch.float32: 2e-5, torch.float64: 1e-6, torch.float8_e4m3fn: 0.2}.get(x.dtype, 2e-2) * size + 1e-30
     if bool(torch.isfinite(right.to(x.dtype).float()).all()) and float(size.max() if size.numel() else 0) < 1e30:
         assert bool(((result.double() - right).abs() <= bound).all()), "wrong outputs"

@@ -110,7 +110,8 @@ def _bytes(content: bytes | str) -> bytes:
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 5, 8, 16, 64, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, math.nan, math.inf, "",
     "a", "afpq", "nf4", "nf3", "int4", "fp4", "lut:1", "lut:-1:0:nan:1", "float16", "log8", "\ud800", "ü", "\x1b[31m",
-    "../x", "(", "a{9999999999}", "(" * 2000, [], [1], ["q_proj"], ["("], [None], {}, {"a": 1}, {"+:q_proj": {"bits": 3}},
+    "../x", "(", "a{9999999999}", "(" * 2000, [], [1], ["q_proj"], ["("], [None], {}, {"a": 1},
+    {"+:q_proj": {"bits": 3}},
     {"+:(": {}}, {"-:.*": {}}, {"+:q": []}, {"+:q_proj": {"group_size": 16, "rank": "x"}}, [[[[]]]],
 )  # fmt: skip
 NAMES = (
