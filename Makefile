@@ -16,9 +16,9 @@ test-slow: $(VENV)/.installed-eval
 	$(BIN)/pytest -m slow
 	$(BIN)/pytest tests/test_lm_eval.py
 
-# The evaluation harness: 630 MB with all it needs, so only here.
+# The evaluation harness, 630 MB with all it needs, and the fuzzer: only here.
 $(VENV)/.installed-eval: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval,fuzz]'
 	touch $@
 
 lint: $(INSTALLED)
