@@ -10,9 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ModelMaker
+from test_cli import Cli
+from test_cli import cli as cli  # the fixture
 
 from afpq import AfpqError, CalibrationSettings, quantize
 from afpq.calibrate import Activations
@@ -20,37 +23,31 @@ from afpq.checkpoint import write_whole
 from afpq.workdir import JOURNAL
 
 SIZE = 8 << 20  # bytes of the small disk
+STAGES = {"rtn": (8, 130, 150), "gptq": (200, 560, 800)}  # kilobytes that are free, for the tiny model
 RUN = """
-import sys
+import hashlib, os, shutil, sys
 from pathlib import Path
 from afpq import AfpqError, CalibrationSettings, quantize
 
-disk, model, method, text = Path(sys.argv[1]), sys.argv[2], sys.argv[3], "some words of a text " * 200
-settings = CalibrationSettings(samples=8, seq_len=128)
-options = {"method": method, "settings": settings, "text": text} if method != "rtn" else {"method": "rtn"}
-filler = disk / "filler"
-for kilobytes in map(int, sys.argv[4:]):
-    free = 8192 - kilobytes
+disk, model, settings = Path(sys.argv[1]), sys.argv[2], CalibrationSettings(samples=8, seq_len=128)
+filler, out = disk / "filler", disk / "out"
+for method, kilobytes in [pair.split("=") for pair in sys.argv[3:]]:
+    options = {} if method == "rtn" else {"settings": settings, "text": "some words of a text " * 200}
     with open(filler, "wb") as file:
-        import os
-        os.posix_fallocate(file.fileno(), 0, free * 1024)
-    out = disk / f"out-{kilobytes}"
+        os.posix_fallocate(file.fileno(), 0, (SIZE - int(kilobytes)) * 1024)
     try:
-        quantize(model, out, "nf3-asym-g32", measured=False, **options)
-        print(kilobytes, "fits", flush=True)
+        quantize(model, out, "nf3-asym-g32", method=method, measured=False, **options)
+        print(method, kilobytes, "fits", flush=True)
+        filler.unlink()
     except AfpqError as error:
-        kept = (disk / f"{out.name}.partial").exists()
-        print(kilobytes, "kept" if kept else "gone", out.exists(), str(error), flush=True)
+        kept = (disk / "out.partial").exists()
+        print(method, kilobytes, "kept" if kept else "gone", out.exists(), str(error), flush=True)
         filler.unlink()
-        quantize(model, out, "nf3-asym-g32", measured=False, **options)
-    if filler.exists():
-        filler.unlink()
-    files = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".jsonl")}
-    assert len(files) == 2, files.keys()
-    import hashlib, shutil
-    print("weights", hashlib.sha256(files["model.safetensors"]).hexdigest(), flush=True)
+        quantize(model, out, "nf3-asym-g32", method=method, measured=False, **options)
+    weights = (out / "model.safetensors").read_bytes()
+    print("weights", method, hashlib.sha256(weights).hexdigest(), (out / "config.json").exists(), flush=True)
     shutil.rmtree(out)
-"""
+""".replace("SIZE", str(SIZE // 1024))
 
 
 @pytest.fixture
@@ -71,19 +68,19 @@ def read_only(place: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
 
 
-@pytest.mark.parametrize(("method", "kilobytes"), [("rtn", (8, 130, 150)), ("gptq", (200, 560, 800))])
-def test_a_disk_that_fills_up_at_any_stage(
-    disk: Path, tiny_model_dir: Path, tmp_path: Path, method: str, kilobytes: tuple[int, ...]
-) -> None:
+def test_a_disk_that_fills_up_at_any_stage(disk: Path, tiny_model_dir: Path) -> None:
     """With calibration, hidden states lie in memory maps: a block that is not there would end the process (SIGBUS)."""
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(disk), str(tiny_model_dir), method]
-    result = subprocess.run([*command, *map(str, kilobytes)], capture_output=True, text=True)
+    cases = [f"{method}={size}" for method, sizes in STAGES.items() for size in sizes]
+    run = [sys.executable, "-W", "ignore", "-c", RUN, str(disk), str(tiny_model_dir), *cases]
+    result = subprocess.run(run, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     stopped = [line for line in lines if " kept " in line or " gone " in line]
-    assert len(stopped) >= 2, lines
+    assert {line.split()[0] for line in stopped} == {"rtn", "gptq"}, lines
+    assert any(" kept " in line for line in stopped) and any(" gone " in line for line in stopped), lines
     assert all("False" in line and ("No space left" in line or "MB free" in line) for line in stopped), stopped
-    assert len({line for line in lines if line.startswith("weights")}) == 1
+    weights = [line for line in lines if line.startswith("weights")]
+    assert len(weights) == len(cases) and len(set(weights)) == len(STAGES), lines
 
 
 def test_memory_for_hidden_states_is_there_or_an_error(disk: Path) -> None:
@@ -104,37 +101,42 @@ def test_a_read_only_disk_is_an_error_and_a_read_only_model_is_none(
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`afpq ARGUMENTS` as a process of its own."""
     run = [sys.executable, "-W", "ignore", "-m", "afpq", *map(str, arguments)]
-    return subprocess.run(run, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(run, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
 
 
-def is_one_clear_error(result: subprocess.CompletedProcess[str], place: object) -> bool:
+def is_one_clear_error(code: int, said: str, place: object) -> bool:
     """Exit code 2, and one line that names the place."""
-    lines = result.stderr.splitlines()
-    return result.returncode == 2 and len(lines) == 1 and lines[0].startswith("afpq: ") and str(place) in lines[0]
+    lines = said.splitlines()
+    return code == 2 and len(lines) == 1 and lines[0].startswith("afpq: ") and str(place) in lines[0]
 
 
-def test_places_for_json_and_reports_that_cannot_be_written(disk: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_places_for_json_and_reports_that_cannot_be_written(
+    cli: Cli, disk: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     read_only(disk)
     (tmp_path / "text").write_text("words and more words " * 200)
     for arguments in (
         ("info", tiny_model_dir, "--json", disk / "i.json"),
         ("compare", tiny_model_dir, "--schemes", "nf4-asym-g64", "--text", tmp_path / "text", "--report", disk / "r"),
     ):
-        assert is_one_clear_error(command(*arguments), disk)
+        result = cli(*arguments)
+        assert is_one_clear_error(result.code, result.err, disk), result
 
 
-def test_a_full_device_is_one_clear_error(tiny_model_dir: Path) -> None:
+def test_a_full_device_is_one_clear_error(cli: Cli, tiny_model_dir: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    assert is_one_clear_error(command("info", tiny_model_dir, "--json", "/dev/full"), "/dev/full")
+    result = cli("info", tiny_model_dir, "--json", "/dev/full")
+    assert is_one_clear_error(result.code, result.err, "/dev/full"), result
     with open("/dev/full", "w") as full:
-        run = [sys.executable, "-W", "ignore", "-m", "afpq", "info", str(tiny_model_dir)]
-        result = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert is_one_clear_error(result, "No space left"), result.stderr
+        done = command("info", tiny_model_dir, stdout=full)
+    assert is_one_clear_error(done.returncode, done.stderr, "No space left"), done.stderr
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_a_full_disk_too(tiny_model_dir: Path, tmp_path: Path) -> None:
     """For where mounting is not allowed: the same errors come from a limit on the size of files."""
 
@@ -143,7 +145,7 @@ def test_files_that_may_not_grow_are_a_full_disk_too(tiny_model_dir: Path, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     result = command("quantize", tiny_model_dir, tmp_path / "out", preexec_fn=limit)
-    assert is_one_clear_error(result, "File too large"), result.stderr
+    assert is_one_clear_error(result.returncode, result.stderr, "File too large"), result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,7 +185,8 @@ def test_two_runs_into_one_directory(tiny_model_dir: Path, tmp_path: Path) -> No
         if not seen:
             result = command("quantize", tiny_model_dir, tmp_path / "out")
             seen.append(result.stderr)
-            assert is_one_clear_error(result, f"process {os.getpid()} on {os.uname().nodename}"), result.stderr
+            us = f"process {os.getpid()} on {os.uname().nodename}"
+            assert is_one_clear_error(result.returncode, result.stderr, us), result.stderr
 
     text = "a text to learn from " * 100
     quantize(
