@@ -25,9 +25,9 @@ $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
-# The evaluation harness: 630 MB with all it needs, so only here.
+# The evaluation harness, 630 MB with all it needs, and the fuzzer: only here.
 $(VENV)/.installed-eval: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval,fuzz]'
 	touch $@
 
 lint: $(INSTALLED)

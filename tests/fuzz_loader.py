@@ -71,13 +71,15 @@ def main(kind: str, options: list[str]) -> None:
             source = ATHERIS.FuzzedDataProvider(data)
             judge(kind, place, lambda n: int(source.ConsumeIntInRange(0, n - 1)))
 
-        corpus = place / "corpus"  # libFuzzer would begin with no bytes at all, which throw nothing but zeros
-        corpus.mkdir()
-        for index in range(64):
-            (corpus / str(index)).write_bytes(random.Random(index).randbytes(128))
+        if all(option.startswith("-") for option in options):
+            corpus = place / "corpus"  # libFuzzer would begin with no bytes at all, which throw nothing but zeros
+            corpus.mkdir()
+            for index in range(64):
+                (corpus / str(index)).write_bytes(random.Random(index).randbytes(128))
+            options = [*options, str(corpus)]
         # Torch maps more memory than libFuzzer finds proper; an input that hangs ends it after a minute.
         limits = ("-rss_limit_mb=0", "-timeout=60", "-max_len=256", "-len_control=0")
-        ATHERIS.Setup([sys.argv[0], *limits, str(corpus), *options], one)
+        ATHERIS.Setup([sys.argv[0], *limits, *options], one)
         ATHERIS.Fuzz()
         return
     given = dict(option.lstrip("-").split("=") for option in options)

@@ -142,7 +142,8 @@ def _check(op: str, call: Call, result: Tensor) -> str:
     expected = plain_weight(tensors, *described)
     assert result.shape[-1] == (columns if op == "dequantize" else len(expected))
     if op == "dequantize":
-        assert same(result.float(), expected.to(call["dtype"]).float(), 1e-6), "wrong weights"
+        tolerance = 1e-6 if call["dtype"].itemsize > 2 else 1e-3  # the last bit may round otherwise
+        assert same(result.float(), expected.to(call["dtype"]).float(), tolerance), "wrong weights"
         return "right"
     x = _plain(call["x"])
     terms = plain_weight({name: t for name, t in tensors.items() if name != "zeros"}, *described)  # that may cancel
@@ -150,6 +151,8 @@ def _check(op: str, call: Call, result: Tensor) -> str:
     right = x.double() @ expected.T.double()
     if call["bias"] is not None:
         right, size = right + call["bias"].to(x.dtype).double(), size + call["bias"].double().abs()
+    if x.dtype.itemsize < 4:  # numbers that are too small for such a type become zero
+        size = size + (1e-4 if x.dtype.itemsize == 2 else 0.05) * (1 + x.float().abs().sum())
     bound = {torch.float32: 2e-5, torch.float64: 1e-6, torch.float8_e4m3fn: 0.2}.get(x.dtype, 2e-2) * size + 1e-30
     if bool(torch.isfinite(right.to(x.dtype).float()).all()) and float(size.max() if size.numel() else 0) < 1e30:
         assert bool(((result.double() - right).abs() <= bound).all()), "wrong outputs"

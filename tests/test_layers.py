@@ -105,6 +105,18 @@ def loads_pickles(text: str) -> bool:
     )
 
 
+RUNS_DATA = {"eval", "exec", "compile", "__import__"}  # built-in functions; model.eval() and re.compile() are not
+UNSAFE_PACKAGES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+
+
+def runs_what_it_reads(text: str) -> bool:
+    """Whether the code can run data as code, or imports a package whose files can."""
+    tree = ast.parse(text)
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    allows = any(isinstance(n, ast.keyword) and n.arg in ("allow_pickle", "weights_only") for n in ast.walk(tree))
+    return bool(called & RUNS_DATA or imported_packages(ast.walk(tree)) & UNSAFE_PACKAGES or allows)
+
+
 def test_the_order_names_every_module_once() -> None:
     assert sorted(ORDER) == sorted(module_of(file) for file in FILES)
 
@@ -141,6 +153,7 @@ def test_file_keeps_the_rules(file: Path) -> None:
     allowed = BEHIND.get(module_of(file), set())
     assert not imported_packages(outside_functions(ast.parse(text))) & OPTIONAL - allowed
     assert not loads_pickles(text)
+    assert not runs_what_it_reads(text)
     assert ast.get_docstring(ast.parse(text))
 
 
@@ -163,3 +176,12 @@ def test_the_checks_of_rules_work() -> None:
     assert loads_pickles("from torch import load")
     assert loads_pickles("def f():\n    import pickle")
     assert not loads_pickles("import torch, json\njson.load(f)")
+    for text in (
+        "eval('1')",
+        "def f():\n    exec(x)",
+        "import yaml",
+        "from joblib import load",
+        "g(allow_pickle=True)",
+    ):
+        assert runs_what_it_reads(text)
+    assert not runs_what_it_reads("model.eval()\nre.compile('a')\nimport json")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -197,3 +198,30 @@ def test_what_precedes_gets_the_gradient_of_a_plain_linear() -> None:
         assert first.weight.grad is not None
         gradients.append(first.weight.grad.clone())
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "value"),
+    [
+        ("nf4-asym-g32", "scales_neg", math.nan),
+        ("nf4-sym-g32-float32", "scales", math.inf),
+        ("nf4-asym-g32-log8", "scale_grid", math.nan),
+        ("nf4-asym-g32-log8", "scale_grid", 200.0),  # 2^200 is no float32
+    ],
+)
+def test_scales_that_are_no_numbers_are_refused(scheme: str, name: str, value: float) -> None:
+    layer = AfpqLinear(64, 8, parse_scheme(scheme))
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    state[name].view(-1)[0] = value
+    with pytest.raises(AfpqError, match=name):
+        layer.load_state_dict(state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(layer.state_dict().values(), AfpqLinear(64, 8, layer.scheme).buffers())
+    )
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [1.0]])
+def test_what_is_no_tensor_is_refused_by_name(value: object) -> None:
+    layer = AfpqLinear(64, 8, parse_scheme("nf4-asym-g32"))
+    with pytest.raises(RuntimeError, match="scales_pos"):
+        layer.load_state_dict({**layer.state_dict(), "scales_pos": value})

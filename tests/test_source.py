@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,18 @@ def test_transformers_shards_are_read(make_model: ModelMaker, tmp_path: Path) ->
     assert all(same(checkpoint.read(name), tensor) for name, tensor in expected.items())
 
 
+def test_a_single_file_comes_before_an_index_as_it_does_in_transformers(sharded: Path) -> None:
+    save_file({"a": torch.zeros(1)}, sharded / WEIGHTS)
+    assert same(open_checkpoint(sharded).read("a"), torch.zeros(1))
+
+
+def test_links_are_followed_as_the_hub_cache_needs(single: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for path in single.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert same(open_checkpoint(tmp_path / "links").read("a"), TENSORS["a"])
+
+
 def test_files_that_the_index_does_not_name_are_not_read(sharded: Path) -> None:
     save_file({"a": torch.zeros(1), "z": torch.zeros(1)}, sharded / "training_state.safetensors")
     checkpoint = open_checkpoint(sharded)
@@ -129,6 +142,23 @@ BROKEN_SHARDED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index that maps to a number": (lambda d: (d / INDEX).write_text('{"weight_map": {"a": 1}}'), INDEX),
     "index that is no JSON": (lambda d: (d / INDEX).write_text("{"), INDEX),
     "index that is a list": (lambda d: (d / INDEX).write_text("[]"), INDEX),
+    "index that leads outside": (
+        lambda d: edit_json(d / INDEX, lambda v: v["weight_map"].update(a="../sharded/one.safetensors")),
+        INDEX,
+    ),
+    "index that names a pickle": (
+        lambda d: edit_json(d / INDEX, lambda v: v["weight_map"].update(a="pytorch_model.bin")),
+        INDEX,
+    ),
+    "tensor in two files": (lambda d: save_file(TENSORS, d / "two.safetensors"), "two.safetensors"),
+    "pipe in place of a file": (lambda d: ((d / "two.safetensors").unlink(), os.mkfifo(d / "two.safetensors")), "two"),
+    "pipe in place of the config": (lambda d: ((d / "config.json").unlink(), os.mkfifo(d / "config.json")), "config"),
+    "config nested without end": (lambda d: (d / "config.json").write_text('{"a":' * 100_000), "config.json"),
+    "config with a number of many digits": (lambda d: (d / "config.json").write_text("9" * 10_000), "config.json"),
+    "config that names other weights": (
+        lambda d: (d / "config.json").write_text('{"transformers_weights": "x.safetensors"}'),
+        "transformers_weights",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "config that is no JSON": (lambda d: (d / "config.json").write_text("{'a': 1}"), "config.json"),
     "config that is no object": (lambda d: (d / "config.json").write_text("3"), "config.json"),

@@ -379,6 +379,15 @@ def test_loading_raises_no_warning_about_weights(saved: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
+def test_scales_that_are_nan_are_an_error_that_names_the_tensor(saved_copy: Path) -> None:
+    """Logits of NaN would be the first to tell, and not where they come from."""
+    tensors = load_file(saved_copy / WEIGHTS)
+    tensors["model.layers.1.mlp.down_proj.scales_neg"][5, 0] = float("nan")
+    save_file(tensors, saved_copy / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(AfpqError, match=r"model\.layers\.1\.mlp\.down_proj\.scales_neg"):
+        load(saved_copy)
+
+
 # What these versions of Transformers ask for, where it is not what is installed beside the newest.
 OLD = {
     "5.0.0": ["huggingface_hub<2,>=1.3", "tokenizers<=0.23.0,>=0.22", "typer-slim", "httpx", "httpcore", "certifi"],

@@ -46,6 +46,8 @@ def main() -> None:
             _stopped()
         if isinstance(error, AfpqError):
             _fail(str(error))
+        if isinstance(error, OSError):  # the output itself: a full disk, a closed pipe
+            _fail(f"{error.filename or 'cannot write the output'}: {error.strerror or error}")
         # Click's own errors, whichever copy of Click Typer brings
         if not hasattr(error, "format_message"):
             raise
@@ -58,5 +60,7 @@ def _stopped() -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print(f"afpq: {' '.join(message.split())}")
+    # Names from files are foreign: none may move the cursor or be no text at all.
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    errors.print(f"afpq: {plain}")
     sys.exit(2)
