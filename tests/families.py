@@ -46,7 +46,8 @@ class Family:
     `coverage` in percent of the blocks' weights; `folds`: AWQ's fold points in all its blocks, 0 where its weights are
     only clipped. `refused`: words of the error where calibrated methods cannot be used. `not_run`: parts of the names
     of linears that calibration does not reach, which are rounded to nearest. `pending`: what is still missing; the
-    tests of such a family are expected to fail, and fail themselves once they do not.
+    tests of such a family are expected to fail, and fail themselves once they do not. `since`: the version of
+    Transformers from which all of it holds.
     """
 
     architecture: str
@@ -57,6 +58,7 @@ class Family:
     refused: str = ""
     not_run: tuple[str, ...] = ()
     pending: str = ""
+    since: str = "5.0"
 
 
 CONV1D = "its weights are in Conv1D, which is not taken for a linear yet"
@@ -101,9 +103,9 @@ FAMILIES: dict[str, Family] = {
             "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 64, "bos_token_id": None,
             "eos_token_id": None, "initializer_range": 0.1,
         },
-        note="Conv1D", pending=CONV1D,
+        folds=6, note="Conv1D", pending=CONV1D,
     ),
-    "GPT-NeoX": Family("GPTNeoXForCausalLM", {**TINY, "intermediate_size": 48}, folds=6),
+    "GPT-NeoX": Family("GPTNeoXForCausalLM", {**TINY, "intermediate_size": 48}, folds=6, since="5.23"),
     "Falcon 7B": Family(
         "FalconForCausalLM", {**FALCON, "multi_query": True, "parallel_attn": True}, folds=4,
         note="side by side behind one norm",
@@ -128,11 +130,12 @@ FAMILIES: dict[str, Family] = {
     "StableLM 2 12B": Family("StableLmForCausalLM", {**GATED, "use_parallel_residual": True}, folds=6),
     "OLMo 2": Family("Olmo2ForCausalLM", GATED, folds=4, note="no norm in front of attention and MLP"),
     "StarCoder2": Family("Starcoder2ForCausalLM", GATED, folds=6),
-    "Mixtral": Family("MixtralForCausalLM", EXPERTS, coverage=99.4, folds=4, pending=FUSED),
+    "Mixtral": Family("MixtralForCausalLM", EXPERTS, coverage=99.4, folds=12, pending=FUSED),
     "Qwen2-MoE": Family(
-        "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 16}, coverage=98.8, folds=6, pending=FUSED
+        "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 16}, coverage=98.8, folds=14,
+        pending=FUSED,
     ),
-    "Qwen3-MoE": Family("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 8}, coverage=98.6, folds=4, pending=FUSED),
+    "Qwen3-MoE": Family("Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 8}, coverage=98.6, folds=12, pending=FUSED),
     "DeepSeek-V3": Family(
         "DeepseekV3ForCausalLM",
         {
@@ -140,7 +143,7 @@ FAMILIES: dict[str, Family] = {
             "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 8, "v_head_dim": 8,
         },
-        coverage=99.4, folds=11, note="latent attention, a shared expert, a first block without experts", pending=FUSED,
+        coverage=99.4, folds=15, note="latent attention, a shared expert, a first block without experts", pending=FUSED,
     ),
     "gpt-oss": Family(
         "GptOssForCausalLM", {**EXPERTS, "head_dim": 8, "sliding_window": 8}, coverage=99.4, folds=4, pending=FUSED
@@ -152,7 +155,7 @@ FAMILIES: dict[str, Family] = {
             "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
             "layer_types": ["linear_attention", "full_attention"],
         },
-        coverage=97.9, folds=5, note="hybrid: linear and full attention; convolutions stay", pending=FUSED,
+        coverage=97.9, folds=13, note="hybrid: linear and full attention; convolutions stay", pending=FUSED,
     ),
     "Jamba": Family(
         "JambaForCausalLM",
@@ -160,10 +163,11 @@ FAMILIES: dict[str, Family] = {
             **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
             "expert_layer_offset": 1, "mamba_d_state": 4,
         },
-        coverage=98.1, folds=5, note="hybrid: state space and attention; convolutions and A stay", pending=FUSED,
+        coverage=98.1, folds=9, not_run=("dt_proj",), pending=FUSED,
+        note="hybrid: state space and attention; convolutions and A stay",
     ),
     "Mamba": Family(
-        "MambaForCausalLM", STATE_SPACE, coverage=93.1, folds=2, not_run=("dt_proj",),
+        "MambaForCausalLM", STATE_SPACE, coverage=93.1, folds=2, not_run=("dt_proj",), since="5.16",
         note="convolutions and A stay (1 % at real sizes); dt_proj is rounded to nearest: it is read, not run",
     ),
     "Mamba 2": Family(
@@ -199,7 +203,8 @@ FAMILIES: dict[str, Family] = {
             "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 256,
             "decoder_start_token_id": 0, "eos_token_id": None,
         },
-        coverage=99.3, refused="encoder-decoder", note="encoder-decoder; tables of relative positions stay",
+        coverage=99.3, refused="encoder-decoder", since="5.16",
+        note="encoder-decoder; tables of relative positions stay",
     ),
     "BART": Family(
         "BartForConditionalGeneration",
@@ -243,7 +248,8 @@ def _cells(family: Family) -> tuple[str, ...]:
         return ("no", "no", "no", "no", "", f"not yet: {family.pending}")
     scaled = f"yes, {family.folds} folds" if family.folds else "clips only"
     gptq, awq = ("no", "no") if family.refused else ("yes", scaled)
-    return ("yes", gptq, awq, "yes", f"{family.coverage:.1f} %", family.note)
+    since = "" if family.since == Family.since else f"Transformers {family.since} or newer"
+    return ("yes", gptq, awq, "yes", f"{family.coverage:.1f} %", "; ".join(filter(None, (family.note, since))))
 
 
 if __name__ == "__main__":

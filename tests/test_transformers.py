@@ -390,7 +390,7 @@ OLD = {
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("version", OLD)
 def test_oldest_supported_transformers(version: str) -> None:
-    """These same tests, in a process that imports an older Transformers."""
+    """These same tests, and those of families of models, in a process that imports an older Transformers."""
     directory = REPOSITORY / ".old-transformers" / version
     if not directory.is_dir():
         partial = directory.with_name(f"{version}.partial")
@@ -405,5 +405,6 @@ def test_oldest_supported_transformers(version: str) -> None:
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
     assert python("-c", "import transformers; print(transformers.__version__)").stdout.strip() == version
-    done = python("-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", str(Path(__file__)))
+    files = (str(Path(__file__)), str(Path(__file__).with_name("test_families.py")))
+    done = python("-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
