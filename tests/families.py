@@ -46,7 +46,8 @@ class Family:
     `coverage` in percent of the blocks' weights; `folds`: AWQ's fold points in all its blocks, 0 where its weights are
     only clipped. `refused`: words of the error where calibrated methods cannot be used. `not_run`: parts of the names
     of linears that calibration does not reach, which are rounded to nearest. `pending`: what is still missing; the
-    tests of such a family are expected to fail, and fail themselves once they do not.
+    tests of such a family are expected to fail, and fail themselves once they do not. `since`: the version of
+    Transformers from which all of it holds.
     """
 
     architecture: str
@@ -57,6 +58,7 @@ class Family:
     refused: str = ""
     not_run: tuple[str, ...] = ()
     pending: str = ""
+    since: str = "5.0"
 
 
 FAMILIES: dict[str, Family] = {
@@ -99,7 +101,7 @@ FAMILIES: dict[str, Family] = {
         },
         folds=6, note="Conv1D",
     ),
-    "GPT-NeoX": Family("GPTNeoXForCausalLM", {**TINY, "intermediate_size": 48}, folds=6),
+    "GPT-NeoX": Family("GPTNeoXForCausalLM", {**TINY, "intermediate_size": 48}, folds=6, since="5.23"),
     "Falcon 7B": Family(
         "FalconForCausalLM", {**FALCON, "multi_query": True, "parallel_attn": True}, folds=4,
         note="side by side behind one norm",
@@ -160,7 +162,7 @@ FAMILIES: dict[str, Family] = {
         note="hybrid: state space and attention; convolutions and A stay; dt_proj is rounded to nearest",
     ),
     "Mamba": Family(
-        "MambaForCausalLM", STATE_SPACE, coverage=93.1, folds=2, not_run=("dt_proj",),
+        "MambaForCausalLM", STATE_SPACE, coverage=93.1, folds=2, not_run=("dt_proj",), since="5.16",
         note="convolutions and A stay (1 % at real sizes); dt_proj is rounded to nearest: it is read, not run",
     ),
     "Mamba 2": Family(
@@ -196,7 +198,8 @@ FAMILIES: dict[str, Family] = {
             "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 256,
             "decoder_start_token_id": 0, "eos_token_id": None,
         },
-        coverage=99.3, refused="encoder-decoder", note="encoder-decoder; tables of relative positions stay",
+        coverage=99.3, refused="encoder-decoder", since="5.16",
+        note="encoder-decoder; tables of relative positions stay",
     ),
     "BART": Family(
         "BartForConditionalGeneration",
@@ -240,7 +243,8 @@ def _cells(family: Family) -> tuple[str, ...]:
         return ("no", "no", "no", "no", "", f"not yet: {family.pending}")
     scaled = f"yes, {family.folds} folds" if family.folds else "clips only"
     gptq, awq = ("no", "no") if family.refused else ("yes", scaled)
-    return ("yes", gptq, awq, "yes", f"{family.coverage:.1f} %", family.note)
+    since = "" if family.since == Family.since else f"Transformers {family.since} or newer"
+    return ("yes", gptq, awq, "yes", f"{family.coverage:.1f} %", "; ".join(filter(None, (family.note, since))))
 
 
 if __name__ == "__main__":

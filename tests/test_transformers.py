@@ -399,7 +399,7 @@ OLD = {
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("version", OLD)
 def test_oldest_supported_transformers(version: str) -> None:
-    """These same tests, in a process that imports an older Transformers."""
+    """These same tests, and those of families of models, in a process that imports an older Transformers."""
     directory = REPOSITORY / ".old-transformers" / version
     if not directory.is_dir():
         partial = directory.with_name(f"{version}.partial")
@@ -414,6 +414,7 @@ def test_oldest_supported_transformers(version: str) -> None:
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
     assert python("-c", "import transformers; print(transformers.__version__)").stdout.strip() == version
-    files = (str(Path(__file__).with_name(name)) for name in ("test_transformers.py", "test_dequantize.py"))
+    names = ("test_transformers.py", "test_dequantize.py", "test_families.py")
+    files = (str(Path(__file__).with_name(name)) for name in names)
     done = python("-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
+from afpq.config import QUANT_METHOD
 from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
@@ -63,6 +64,8 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers fills them with random numbers
         raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
+    if place.type == "cpu" and (keys is None or keys.get("quant_method") == QUANT_METHOD):
+        loaded.to(torch.float32)  # older Transformers leave tensors they rename in the dtype of the file
     return loaded.to(place).eval()
 
 
