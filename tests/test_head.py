@@ -19,11 +19,12 @@ import afpq
 from afpq import head, parse_scheme
 from afpq.algorithms import quantize_gptq, quantize_rtn
 from afpq.calibrate import Moments
-from afpq.calibrated import solve_layer
 from afpq.head import head_moments, solve_in_parts
 from afpq.packing import from_tensors
 from afpq.plan import Target
 from afpq.scheme import GptqOptions, Recipe
+from afpq.solve import solve_layer
+from afpq.source import Stored
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 SETTINGS = afpq.CalibrationSettings(samples=6, seq_len=48)
@@ -86,7 +87,7 @@ def test_parts_give_what_the_whole_gives(scheme: str, monkeypatch: pytest.Monkey
     W, x = torch.randn(51, 64), torch.randn(200, 64) * torch.rand(64)
     moments = Moments(x.T @ x, None, 200)
     recipe = Recipe(parse_scheme(scheme), "gptq", gptq=GptqOptions(float_target=False))
-    target = Target("lm_head", "lm_head.weight", recipe.scheme, (51, 64))
+    target = Target("lm_head", Stored("lm_head.weight"), recipe.scheme, (51, 64), "lm_head.")
     whole, _ = quantize_gptq(W, moments.H, recipe.scheme, recipe.gptq)
     monkeypatch.setattr(head, "PART", 16 * 64)
     tensors, log = solve_in_parts(W, moments, target, recipe, solve_layer)

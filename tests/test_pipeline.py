@@ -14,9 +14,10 @@ from torch import Tensor
 
 from afpq import AfpqError, Recipe, parse_scheme
 from afpq.algorithms import quantize_rtn
+from afpq.decide import make_plan
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, relative_error, run, solve
-from afpq.plan import Plan, make_plan
+from afpq.plan import Plan
 from afpq.skeleton import build_skeleton
 from afpq.source import Checkpoint, open_checkpoint
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from afpq import AfpqError, Recipe, parse_scheme, quantize
-from afpq.plan import OUTSIDE, Plan, make_plan
+from afpq.decide import make_plan
+from afpq.plan import OUTSIDE, Plan
 from afpq.skeleton import build_skeleton
 from afpq.source import WEIGHTS, open_checkpoint
 

@@ -20,12 +20,13 @@ from afpq.card import Card, write_card
 from afpq.checkpoint import ShardWriter, digest, digest_value, write_json
 from afpq.config import config_to_json
 from afpq.data import sample_windows, tokenize
+from afpq.decide import make_plan
 from afpq.devices import find_device
 from afpq.errors import AfpqError
 from afpq.loading import load_tokenizer, window_length
 from afpq.measure import Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 from afpq.pipeline import UnitResult, run
-from afpq.plan import Plan, make_plan
+from afpq.plan import Plan
 from afpq.scheme import DEFAULT_SCHEME, METHODS, Recipe, Scheme, parse_scheme, scheme_of_end
 from afpq.selftest import check_reloaded, check_tensors
 from afpq.skeleton import build_skeleton

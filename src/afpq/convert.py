@@ -57,6 +57,7 @@ def _quantize_ends(model: nn.Module, ends: Ends, recipe: Recipe) -> None:
         else:
             assert isinstance(module, nn.Linear)
             new = AfpqLinear.from_weight(solve(f"{name}.weight", module.weight, scheme, recipe), module.bias)
+            new.readable = False
         replace_module(model, name, new)
     untie(model, schemes)
 

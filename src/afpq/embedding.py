@@ -94,6 +94,8 @@ class AfpqEmbedding(PackedModule):
 class AfpqTiedHead(AfpqLinear):
     """An output head that reads an embedding's table; of its own it has at most a bias."""
 
+    readable = False
+
     def __init__(self, table: AfpqEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = table.embedding_dim, table.num_embeddings

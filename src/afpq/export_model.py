@@ -18,11 +18,10 @@ from torch import Tensor
 from afpq.errors import AfpqError
 from afpq.groups import QuantizedWeight
 from afpq.packing import Spec, from_tensors, spec_bytes
-from afpq.plan import FLOATS
 from afpq.provenance import Provenance, provenance_card, scheme_text
 from afpq.report import size_text
 from afpq.rewrite import Progress, Rewrite, rewrite
-from afpq.source import Checkpoint, open_checkpoint
+from afpq.source import FLOATS, Checkpoint, open_checkpoint
 from afpq.stored import StoredLayer, stored_layers
 
 TARGETS = {

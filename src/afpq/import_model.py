@@ -17,10 +17,11 @@ from afpq.blocks import TransposedLinear
 from afpq.bnb import BnbWeight, find_weights, fits_float16, read_absmax, read_format, read_weight
 from afpq.cards import LOAD
 from afpq.config import config_to_json
+from afpq.decide import make_plan
 from afpq.errors import AfpqError
 from afpq.names import Located
 from afpq.packing import to_tensors
-from afpq.plan import Plan, Target, make_plan
+from afpq.plan import Plan, Target
 from afpq.provenance import Provenance, provenance_card
 from afpq.report import size_text
 from afpq.rewrite import Progress, Rewrite, rewrite

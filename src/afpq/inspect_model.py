@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from afpq.algorithms import quantize_rtn
+from afpq.decide import make_plan
 from afpq.errors import AfpqError
 from afpq.formats import FORMATS
 from afpq.groups import extremes
 from afpq.packing import layout, spec_bytes
 from afpq.pipeline import relative_error
-from afpq.plan import Plan, Target, make_plan
+from afpq.plan import Plan, Target
 from afpq.scheme import Recipe, Scheme
 from afpq.skeleton import build_skeleton
 from afpq.source import Checkpoint, open_checkpoint

@@ -114,6 +114,7 @@ class AfpqLinear(PackedModule):
     """A linear layer whose weight is packed; gradients reach the input and the bias."""
 
     bias: nn.Parameter | None
+    readable = True  # whether `weight` may be asked for; not of a head, which some would resize by it
     conv1d = False  # whether it took the place of a Conv1D, whose weight is [in, out]
 
     def __init__(
@@ -158,7 +159,7 @@ class AfpqLinear(PackedModule):
 
     def __getattr__(self, name: str) -> Any:
         """`weight`, unpacked anew each time, for code that reads it instead of calling the layer (Mamba's does)."""
-        if name != "weight" or "weight" in self._parameters:
+        if name != "weight" or "weight" in self._parameters or not self.readable:
             return super().__getattr__(name)
         if self.qweight.is_meta:
             weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")

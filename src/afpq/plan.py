@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Decide everything before a weight is read: which tensor is quantized how, and what the output will hold.
+"""What is decided before a weight is read: which tensor is quantized how, and what the output will hold.
 
 The plan comes from headers alone. It knows the name, dtype and shape of every output tensor, so the writer can lay
 the files out beforehand, and sizes can be told without a run.
@@ -10,21 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from afpq.blocks import TransposedLinear, find_blocks, find_linears
-from afpq.ends import NO_ENDS, Ends, settle_recipe
-from afpq.errors import AfpqError
-from afpq.experts import BIAS, AfpqExperts, all_or_none
-from afpq.names import Located
+from afpq.ends import NO_ENDS, Ends
 from afpq.packing import Spec, layout, spec_bytes
 from afpq.scheme import Recipe, Scheme
 from afpq.source import Checkpoint, Stored
 
 OUTSIDE = "outside the blocks"
 HEAD = "the output head"  # a unit of its own where it is quantized: last, since what it reads is known last
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -174,178 +167,3 @@ class Plan:
             for name, (_, shape) in self.unit_outputs(unit).items()
             if len(shape) > 1 and name not in parts
         }
-
-
-def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) -> Plan:
-    """`model` is the checkpoint's architecture, on the meta device.
-
-    Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or
-    dtype than the model says, and where nothing is left to quantize.
-    """
-    done = checkpoint.config.get("quantization_config")
-    if done:
-        method = done.get("quant_method") if isinstance(done, dict) else done
-        hint = ", or keep these weights with afpq import" if method == "bitsandbytes" else ""
-        raise AfpqError(
-            f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model{hint}"
-        )
-    names = _tensor_names(checkpoint, model)
-    recipe, ends = settle_recipe(model, recipe, Located(checkpoint.tensors, model).differ)
-    linears = find_linears(model)
-    absent = [name for name, _ in linears if f"{name}.weight" not in names]
-    if absent and len(absent) < len(linears):
-        raise AfpqError(
-            f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
-        )
-    left = _left_experts(model, recipe)
-    targets: list[Target] = []
-    kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for module, linear in linears:
-        scheme, stored = recipe.scheme_for(module), names.get(f"{module}.weight")
-        if scheme is not None and stored is not None:
-            targets.append(_target(checkpoint, module, linear, stored, scheme))
-            kept.discard(module)
-    ends_found, head = _end_targets(checkpoint, model, ends, recipe)
-    targets += ends_found
-    kept -= ends.schemes(recipe).keys()
-    if not targets:
-        raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
-    _check_names(checkpoint, targets)
-    kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
-    units = _units(checkpoint, model, names, targets, head)
-    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends)
-
-
-def _check_names(checkpoint: Checkpoint, targets: list[Target]) -> None:
-    for target in targets:
-        parts = (target.prefix + part for part in layout(target.scheme, *target.shape))
-        taken = next((name for name in parts if name in checkpoint.tensors), None)
-        if taken is not None:
-            raise AfpqError(f"{checkpoint.directory}: tensor {taken} is in the way of {target.tensor}, quantized")
-
-
-def _left_experts(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Modules of experts that are not quantized: they are named in one, since they will be loaded in one."""
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, AfpqExperts)}
-    chosen = {name: [recipe.scheme_for(f"{name}.{leaf}") for leaf, _ in e.linears()] for name, e in experts.items()}
-    return [name for name, schemes in chosen.items() if not all_or_none(name, [s is not None for s in schemes])]
-
-
-def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, stored: Stored, scheme: Scheme) -> Target:
-    rows, columns = layer.get_parameter("weight").shape
-    info, expected = checkpoint.tensors[stored.tensor], (rows, columns)
-    try:
-        shape = tuple(stored.of(torch.empty(info.shape, device="meta")).shape)
-    except IndexError:
-        shape = info.shape
-    if shape != expected:
-        raise AfpqError(f"{info.file}: tensor {stored.tensor} has shape {info.shape}; the config says {expected}")
-    if info.dtype not in FLOATS:
-        raise AfpqError(f"{info.file}: tensor {stored.tensor} is {info.dtype}; expected float32, bfloat16 or float16")
-    return Target(module, stored, scheme, expected, _prefix(module, stored), stored.expert is not None)
-
-
-def _prefix(module: str, stored: Stored) -> str:
-    """What a module's tensors are called in the output: as in the checkpoint, but experts get names of their own."""
-    parent = stored.tensor.rpartition(".")[0]
-    return f"{parent}." if stored.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
-
-
-def _end_targets(
-    checkpoint: Checkpoint, model: nn.Module, ends: Ends, recipe: Recipe
-) -> tuple[list[Target], str | None]:
-    """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
-    targets: list[Target] = []
-    located, head = Located(checkpoint.tensors, model), None
-    for module, scheme in ends.schemes(recipe).items():
-        tensor = located.find(f"{module}.weight")
-        head = tensor if module == ends.head else head
-        if ends.tied and module == ends.head:
-            continue
-        if tensor is None:
-            raise AfpqError(
-                f"{checkpoint.directory}: {module}.weight is not stored under this name; it cannot be quantized"
-            )
-        targets.append(_target(checkpoint, module, model.get_submodule(module), Stored(tensor), scheme))
-    return targets, head
-
-
-def _tensor_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Stored]:
-    """Name in the model -> where it is in the checkpoint.
-
-    A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors the model does not know:
-    then Transformers converts between the two while loading, and such weights are left as they are.
-    """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wanted = [name for name in model.state_dict() if name not in tied]
-    located = Located(checkpoint.tensors, model, wanted)
-    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TransposedLinear)}
-    found = {
-        name: Stored(tensor, transposed=name in turned) for name in wanted if (tensor := located.find(name)) is not None
-    }
-    for place, module in model.named_modules():
-        if isinstance(module, AfpqExperts):
-            found = _fused_names(place, module, located) | found
-    absent = set(wanted) - set(found)
-    missing = [name for name, _ in model.named_parameters() if name in absent]
-    if missing and len({stored.tensor for stored in found.values()}) == len(checkpoint.tensors):
-        raise AfpqError(f"{checkpoint.directory}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
-    return found
-
-
-def _fused_names(place: str, experts: AfpqExperts, located: Located) -> dict[str, Stored]:
-    """Where the weights and biases of experts are, if the checkpoint holds all of a layer in one tensor."""
-    form, found = experts.form, {}
-    for name, leaf in experts.linears():
-        for kind, suffix in (("weight", ""), ("bias", BIAS)):
-            fused = located.find(f"{place}.{form.parameter(leaf)}{suffix}")
-            if fused is not None:
-                found[f"{place}.{name}.{kind}"] = form.stored(leaf, fused, int(name.partition(".")[0]))
-    return found
-
-
-def _units(
-    checkpoint: Checkpoint, model: nn.Module, names: dict[str, Stored], targets: list[Target], head: str | None
-) -> tuple[Unit, ...]:
-    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix.
-
-    `head` is the tensor of a head to be quantized: the last unit, or dropped where it repeats a tied embedding.
-    """
-    module_names = {stored.tensor: name for name, stored in names.items()}
-    blocks = [block.name for block in find_blocks(model)]
-    members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
-    known = set(blocks)
-    members[HEAD] = [target.stored.tensor for target in targets if target.stored.tensor == head]
-    for tensor in checkpoint.tensors:
-        if tensor == head:
-            continue
-        path = module_names.get(tensor, tensor).split(".")
-        parents = (".".join(path[:length]) for length in range(1, len(path)))
-        members[next((parent for parent in parents if parent in known), OUTSIDE)].append(tensor)
-    replaced = _replaced(checkpoint, names, targets)
-    return tuple(
-        Unit(name, tuple(tensors), {t: replaced[t] for t in tensors if t in replaced})
-        for name, tensors in members.items()
-        if tensors
-    )
-
-
-def _replaced(
-    checkpoint: Checkpoint, names: dict[str, Stored], targets: list[Target]
-) -> dict[str, tuple[Target | Piece, ...]]:
-    """What takes the place of each tensor that is not kept as it is."""
-    parts: dict[str, list[Target | Piece]] = {}
-    for target in targets:
-        parts.setdefault(target.stored.tensor, []).append(target)
-        name = f"{target.module}.bias"
-        bias = names.get(name)
-        if bias is not None and not bias.whole:
-            info = checkpoint.tensors[bias.tensor]
-            piece = Piece(name, bias, f"{target.prefix}bias", (info.dtype, target.shape[:1]))
-            parts.setdefault(bias.tensor, []).append(piece)
-    for tensor, members in parts.items():
-        info = checkpoint.tensors[tensor]
-        covered = sum(m.elements if isinstance(m, Target) else m.spec[1][0] for m in members)
-        if covered != info.elements:
-            raise AfpqError(f"{info.file}: tensor {tensor} has shape {info.shape}; the config says {covered} elements")
-    return {tensor: tuple(members) for tensor, members in parts.items()}

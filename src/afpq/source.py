@@ -32,6 +32,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a weight may be stored in
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -97,6 +97,7 @@ def swap_ends(model: PreTrainedModel, ends: Ends, recipe: Recipe, kept: Sequence
             new = AfpqTiedHead(table, old.bias)
         else:
             new = _empty_layer(old, scheme)
+            new.readable = False
         if not packed and not isinstance(new, AfpqTiedHead):
             new.register_parameter("weight", weight)
         replace_module(model, name, new)
