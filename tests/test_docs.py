@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The documentation is true: every block of code in it runs, outputs look as shown, links lead somewhere.
 
-Python and shell blocks of a page run in order, in one directory that holds what the pages speak of: small models under the
-names of MODELS, one that bitsandbytes quantized, `calibration.txt` and `test.txt`. A `text` block right behind another is its output; numbers
-may differ, and `...` stands for anything. What cannot run says so in an HTML comment in front of its block,
-`<!-- not run: REASON -->`, or `<!-- not run ("START OF A LINE"): REASON -->` for single lines.
+Python and shell blocks of a page run in order, in one directory that holds what the pages speak of: small models under
+the names of MODELS, one that bitsandbytes quantized, `calibration.txt` and `test.txt`. A `text` block right behind
+another is its output; numbers may differ, and `...` stands for anything. What cannot run says so in an HTML comment in
+front of its block, `<!-- not run: REASON -->`, or `<!-- not run ("START OF A LINE"): REASON -->` for single lines.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # what pages call a model -> 
     "mistralai/Mixtral-8x7B-v0.1": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "openai-community/gpt2": ("gpt2", {}),
 }
+HEAVY = ("README.md",)  # read with the slow tests only: its `afpq compare` takes a quarter of the time of all pages
 BITSANDBYTES = "me/Qwen3-0.6B-bnb-4bit"
 MOST_NOT_RUN = 9  # blocks and lines in all pages; raise it knowingly
 
@@ -168,7 +169,9 @@ def save_small(directory: Path, kind: str, changes: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **changes})).half().save_pretrained(directory)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **changes})).half().save_pretrained(
+        directory
+    )
     save_tokenizer(directory)
 
 
@@ -181,7 +184,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start = place / "start"
     for name, (kind, changes) in MODELS.items():
         save_small(start / name, kind, changes)
-    save_small(start / BITSANDBYTES, "qwen3", {"head_dim": 16, "intermediate_size": 128})  # whole groups, as at real sizes
+    save_small(
+        start / BITSANDBYTES, "qwen3", {"head_dim": 16, "intermediate_size": 128}
+    )  # whole groups, as at real sizes
     convert(start / BITSANDBYTES, Layout())
     (start / "calibration.txt").write_text("Two scales a group of weights.")  # one window: fast
     (start / "test.txt").write_text("What a model has never seen tells what it has learned. " * 4)
@@ -202,7 +207,10 @@ def reader(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:transformers.*")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in HEAVY else [], id=page.name) for page in PAGES],
+)
 def test_every_block_runs(page: Path, reader: Reader, material: Path, tmp_path: Path) -> None:
     if STARTS_WITH in page.read_text("utf-8"):
         shutil.copytree(material / "out", tmp_path / "out")
