@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The documentation is true: every block of code in it runs, outputs look as shown, links lead somewhere.
 
-Python and shell blocks of a page run in order, in one directory that holds what the pages speak of: a small Qwen3 under
-the name `Qwen/Qwen3-0.6B`, `calibration.txt` and `test.txt`. A `text` block right behind another is its output; numbers
-may differ, and `...` stands for anything. What cannot run says so in an HTML comment in front of its block,
-`<!-- not run: REASON -->`, or `<!-- not run ("START OF A LINE"): REASON -->` for single lines.
+Python and shell blocks of a page run in order, in one directory that holds what the pages speak of: small models under
+the names of MODELS, one that bitsandbytes quantized, `calibration.txt` and `test.txt`. A `text` block right behind
+another is its output; numbers may differ, and `...` stands for anything. What cannot run says so in an HTML comment in
+front of its block, `<!-- not run: REASON -->`, or `<!-- not run ("START OF A LINE"): REASON -->` for single lines.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from bnb_layout import Layout, convert
 from conftest import TINY, save_tokenizer
 
 from afpq.cli import main
@@ -34,8 +35,15 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.glob("*.md") if page.name != "LOG.md")]  # a log is history
 RUN, SHOWN = {"python", "sh"}, {"text", "json", "yaml", "cpp", "markdown"}
-MODEL = "Qwen/Qwen3-0.6B"
-MOST_NOT_RUN = 8  # blocks and lines in all pages; raise it knowingly
+SMALL = {**TINY, "num_hidden_layers": 1, "max_position_embeddings": 32, "initializer_range": 0.05}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # what pages call a model -> its type, a small configuration
+    "Qwen/Qwen3-0.6B": ("qwen3", {"head_dim": 16}),
+    "mistralai/Mixtral-8x7B-v0.1": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "openai-community/gpt2": ("gpt2", {}),
+}
+HEAVY = ("README.md",)  # read with the slow tests only: its `afpq compare` takes a quarter of the time of all pages
+BITSANDBYTES = "me/Qwen3-0.6B-bnb-4bit"
+MOST_NOT_RUN = 9  # blocks and lines in all pages; raise it knowingly
 
 FENCE = re.compile(r"( *)```(.*)")
 MARK = re.compile(r'<!-- not run(?: \("(?P<start>[^"]+)"\))?: (?P<reason>.+) -->')
@@ -156,23 +164,33 @@ def _masked(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
+def save_small(directory: Path, kind: str, changes: dict[str, Any]) -> None:
+    """A small random model in float16, with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **changes})).half().save_pretrained(
+        directory
+    )
+    save_tokenizer(directory)
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory a page starts in, and beside it `out`, the model quantized as Getting started does."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     import afpq
 
     place = tmp_path_factory.mktemp("docs")
-    model, start = place / "start" / MODEL, place / "start"
-    torch.manual_seed(0)
-    small = {"num_hidden_layers": 1, "head_dim": 16, "max_position_embeddings": 32, "initializer_range": 0.05}
-    config = Qwen3Config(**{**TINY, **small})
-    Qwen3ForCausalLM(config).half().save_pretrained(model)
-    save_tokenizer(model)
+    start = place / "start"
+    for name, (kind, changes) in MODELS.items():
+        save_small(start / name, kind, changes)
+    save_small(
+        start / BITSANDBYTES, "qwen3", {"head_dim": 16, "intermediate_size": 128}
+    )  # whole groups, as at real sizes
+    convert(start / BITSANDBYTES, Layout())
     (start / "calibration.txt").write_text("Two scales a group of weights.")  # one window: fast
     (start / "test.txt").write_text("What a model has never seen tells what it has learned. " * 4)
-    afpq.quantize(model, place / "out")
+    afpq.quantize(start / next(iter(MODELS)), place / "out")
     return place
 
 
@@ -189,7 +207,10 @@ def reader(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:transformers.*")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in HEAVY else [], id=page.name) for page in PAGES],
+)
 def test_every_block_runs(page: Path, reader: Reader, material: Path, tmp_path: Path) -> None:
     if STARTS_WITH in page.read_text("utf-8"):
         shutil.copytree(material / "out", tmp_path / "out")
