@@ -46,8 +46,8 @@ def test_moments_of_an_expert_are_those_of_its_tokens(model: nn.Module, tmp_path
         hook.remove()
 
     inputs = Activations(tmp_path / "in.bin", (4, 10, 16), create=True)
-    calls = capture(model, [block], ids, lambda rows, hidden: inputs.tensor.__setitem__(rows, hidden))
-    routed = route(block.module, PLACE, calls[0], inputs, tmp_path / "experts.bin", CPU)
+    calls = capture(model, [block], ids, lambda _, rows, hidden: inputs.tensor.__setitem__(rows, hidden))
+    routed = route(block.module, PLACE, calls[block.name], inputs, tmp_path / "experts.bin", CPU)
     assert routed.hidden.shape == (40, 16) and routed.chosen.shape == (40, 2)
     for number, expert in experts.named_children():
         tokens = routed.tokens_of(int(number))
