@@ -126,7 +126,7 @@ FAMILIES: dict[str, Family] = {
     "StableLM 2 12B": Family("StableLmForCausalLM", {**GATED, "use_parallel_residual": True}, folds=6),
     "OLMo 2": Family("Olmo2ForCausalLM", GATED, folds=4, note="no norm in front of attention and MLP"),
     "StarCoder2": Family("Starcoder2ForCausalLM", GATED, folds=6),
-    "Mixtral": Family("MixtralForCausalLM", EXPERTS, coverage=99.4, folds=12),
+    "Mixtral": Family("MixtralForCausalLM", EXPERTS, coverage=99.4, folds=12, since="5.23"),
     "Qwen2-MoE": Family(
         "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 16}, coverage=98.8, folds=14
     ),
@@ -141,7 +141,7 @@ FAMILIES: dict[str, Family] = {
         coverage=99.4, folds=15, note="latent attention, a shared expert, a first block without experts",
     ),
     "gpt-oss": Family(
-        "GptOssForCausalLM", {**EXPERTS, "head_dim": 8, "sliding_window": 8}, coverage=99.4, folds=4
+        "GptOssForCausalLM", {**EXPERTS, "head_dim": 8, "sliding_window": 8}, coverage=99.4, folds=4, since="5.16"
     ),
     "Qwen3-Next": Family(
         "Qwen3NextForCausalLM",
@@ -158,7 +158,7 @@ FAMILIES: dict[str, Family] = {
             **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
             "expert_layer_offset": 1, "mamba_d_state": 4,
         },
-        coverage=98.1, folds=9, not_run=("dt_proj",),
+        coverage=98.1, folds=9, not_run=("dt_proj",), since="5.23",
         note="hybrid: state space and attention; convolutions and A stay; dt_proj is rounded to nearest",
     ),
     "Mamba": Family(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import afpq
-from afpq.api import CalibrationSettings
+from afpq.api import CalibrationSettings, prepare
+from afpq.cli import app
 from afpq.errors import AfpqError
+from afpq.estimate import _calibration_flops, _expert_share
 from afpq.experts import AfpqExperts
 from afpq.info import model_info
 from afpq.linear import AfpqLinear
 from afpq.loading import load_model
 from afpq.plan import Plan
+from afpq.scheme import Recipe
 from afpq.source import open_checkpoint
 
 TINY: dict[str, Any] = {
@@ -199,3 +204,35 @@ def test_experts_of_a_layer_may_have_different_schemes(sources: dict[str, Path],
     assert str(experts.get_submodule("0.w2").scheme) == "nf4-sym-g32"
     assert str(experts.get_submodule("0.w1").scheme) == SCHEME
     assert torch.allclose(logits(model), logits(approximated(sources["mixtral"], model)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_command_says_which_experts_learned_nothing(sources: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    command = ["quantize", str(sources["mixtral"]), str(tmp_path / "out"), "--method", "gptq", "--samples", "4"]
+    command += ["--seq-len", "32", "--text", str(tmp_path / "text"), "--no-card-measure", "--group-size", "32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("afpq.routing.Routed.tokens_of", _without_expert_0)
+        told = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "json")])
+    assert told.exit_code == 0, told.output
+    assert (
+        "6 layers had nothing to learn from and were rounded to nearest: model.layers.0.mlp.experts.0.w1" in told.output
+    )
+    rounded = json.loads((tmp_path / "json").read_text())["rounded_to_nearest"]
+    assert rounded == [f"model.layers.{i}.mlp.experts.0.{leaf}" for i in (0, 1) for leaf in ("w1", "w2", "w3")]
+
+
+def test_a_dry_run_counts_only_the_tokens_that_reach_an_expert(sources: dict[str, Path]) -> None:
+    """Two of four experts a token: the experts' share of the work is half of what all tokens would make."""
+    job = prepare(sources["mixtral"], Recipe(afpq.parse_scheme(SCHEME), "gptq"), text=TEXT, settings=SETTINGS)
+    experts = [target for target in job.plan.targets if target.expert]
+    assert len(experts) == 24
+    assert _expert_share(job.plan) == 0.5
+    dense = replace(
+        job.plan, units=tuple(replace(unit, replaced=_no_experts(unit.replaced)) for unit in job.plan.units)
+    )
+    assert _expert_share(dense) == 1
+    assert _calibration_flops(job.plan, 1000, False) < _calibration_flops(dense, 1000, False)
+
+
+def _no_experts(replaced: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(replace(part, expert=False) for part in parts) for name, parts in replaced.items()}

@@ -98,10 +98,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: the card's figures or why there are none, and what the self-test did."""
+    """How a job ended: the card's figures or why there are none, what the self-test did, and the layers that were
+    rounded to nearest for want of anything to learn from, such as experts that no token was routed to.
+    """
 
     measured: SampleFigures | str
     tested: str
+    rounded: tuple[str, ...] = ()
 
 
 def prepare(
@@ -253,7 +256,8 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
     model = job.name or str(plan.checkpoint.directory)
     write_card(work.path, Card(model, plan, notes, _calibration(job), measured, tested))
     write_json(work.path / "config.json", config)
-    return Outcome(measured, tested)
+    rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
+    return Outcome(measured, tested, rounded)
 
 
 def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFigures | str:

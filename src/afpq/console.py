@@ -67,6 +67,9 @@ def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
 
 def print_outcome(outcome: Outcome) -> None:
     """What the card tells of the result's quality, and what the self-test did."""
+    if outcome.rounded:
+        names = ", ".join(outcome.rounded[:4]) + (" and others" if len(outcome.rounded) > 4 else "")
+        console.print(f"{len(outcome.rounded)} layers had nothing to learn from and were rounded to nearest: {names}")
     found = outcome.measured
     if isinstance(found, str):
         console.print(f"not measured: {found}")
@@ -85,7 +88,11 @@ def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
     if outcome is None:
         return {}
     found = outcome.measured
-    return {"measured": {"reason": found} if isinstance(found, str) else found.to_json(), "self_test": outcome.tested}
+    return {
+        "rounded_to_nearest": list(outcome.rounded),
+        "measured": {"reason": found} if isinstance(found, str) else found.to_json(),
+        "self_test": outcome.tested,
+    }
 
 
 def print_estimate(estimate: Estimate) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,12 +42,14 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
             f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
         )
     left = _left_experts(model, recipe)
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AfpqExperts))
     targets: list[Target] = []
     kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module, linear in linears:
         scheme, stored = recipe.scheme_for(module), names.get(f"{module}.weight")
         if scheme is not None and stored is not None:
-            targets.append(_target(checkpoint, module, linear, stored, scheme))
+            target = _target(checkpoint, module, linear, stored, scheme)
+            targets.append(replace(target, expert=module.startswith(experts)))
             kept.discard(module)
     ends_found, head = _end_targets(checkpoint, model, ends, recipe)
     targets += ends_found
@@ -84,7 +88,7 @@ def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, stored: Store
         raise AfpqError(f"{info.file}: tensor {stored.tensor} has shape {info.shape}; the config says {expected}")
     if info.dtype not in FLOATS:
         raise AfpqError(f"{info.file}: tensor {stored.tensor} is {info.dtype}; expected float32, bfloat16 or float16")
-    return Target(module, stored, scheme, expected, _prefix(module, stored), stored.expert is not None)
+    return Target(module, stored, scheme, expected, _prefix(module, stored))
 
 
 def _prefix(module: str, stored: Stored) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,11 +61,24 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
 def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:
     """Forward passes (three to four a stream: parts of the block for each stage, then all of it), moments, solving."""
     solver = METHODS[plan.recipe.method].solver
-    forward = 2 * tokens * sum(t.elements for t in plan.block_targets) * 3.5 * (2 if beside else 1)
-    moments = sum(2 * tokens * n * n for n in _inputs(plan.targets)) * (2 if beside else 1)
+    share = _expert_share(plan)
+    reached = [(t, tokens * (share if t.expert else 1)) for t in plan.targets]
+    forward = sum(2 * count * t.elements for t, count in reached) * 3.5 * (2 if beside else 1)
+    moments = sum(2 * count * t.shape[1] ** 2 for t, count in reached) * (2 if beside else 1)
     solving = sum(4 * n**3 for n in _inputs(plan.targets)) if solver == "gptq" else 0
     columns = sum(2 * t.elements * t.shape[1] * (2 + plan.recipe.gptq.sweeps) for t in plan.targets)
     return forward + moments + solving + (columns if solver == "gptq" else 0)
+
+
+def _expert_share(plan: Plan) -> float:
+    """Share of the tokens that reach an expert, if all are chosen alike; 1 where the config does not tell."""
+    config = plan.checkpoint.config.get("text_config") or plan.checkpoint.config
+    chosen = config.get("num_experts_per_tok")
+    layers = Counter(t.module.rpartition(".")[0].rpartition(".")[0] for t in plan.targets if t.expert)
+    if not isinstance(chosen, int) or not layers:
+        return 1.0
+    experts = max(layers.values()) // len({t.module.rpartition(".")[2] for t in plan.targets if t.expert})
+    return min(1.0, chosen / experts)
 
 
 def _awq_flops(plan: Plan, tokens: int) -> float:
