@@ -14,6 +14,7 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -49,6 +50,7 @@ def judge(kind: str, place: Path, dice: fuzzing.Dice) -> None:
     messages[re.sub(r"/\S+|\d+|'[^']*'", "_", said)[:60]] += 1
     if ends.total() == _RUNS:  # libFuzzer ends the process without a word to Python
         report()
+        shutil.rmtree(place)
 
 
 _RUNS = next((int(option.removeprefix("-runs=")) for option in sys.argv if option.startswith("-runs=")), 1000)
