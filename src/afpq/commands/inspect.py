@@ -56,8 +56,9 @@ def inspect_command(
     _say(CAVEAT)
     rate = f", {found.seconds_per_billion:.1f} s per billion weights" if found.parameters > 1e8 else ""
     if found.ends:
-        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.ends.items())
-        console.print(f"outside the blocks, for --lm-head and --embedding: {shares} of the model's weights")
+        console.print("outside the blocks, in shares of the model (--lm-head, --embedding):")
+        for name, share in found.ends.items():
+            console.print(f"  {name} {100 * share:.1f} %")
     console.print(f"{found.seconds:.1f} s{rate}")
     save_json(json, {"model": model, **found.to_json()})
 
