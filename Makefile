@@ -10,11 +10,14 @@ INSTALLED = $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/afpq demo --report demo-report
 
+# Two processes of one thread: a file's tests share models, so a file stays in one of them.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
+test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: $(VENV)/.installed-eval
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile
 	$(BIN)/pytest tests/test_lm_eval.py
 
 # Into site/; a warning is an error, and so is a page that would fetch something from another server (docs/hooks.py).

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,56 @@ def save_llama(directory: Path, seed: int = 0, max_shard_size: str = "1GB", **ch
     model.to(torch.float16).save_pretrained(directory, max_shard_size=max_shard_size)
     save_tokenizer(directory)
     return directory
+
+
+def save_tied_qwen2(directory: Path) -> Any:
+    """A random Qwen2ForCausalLM of one block, with biases and tied embeddings; saved, and returned."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
+    model.save_pretrained(directory)
+    return model
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite the one weight file of a checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    """Change keys of a checkpoint's config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+PLAIN_PROCESS = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert not [name for name in sys.modules if name.split(".")[0] == "afpq"]
+save_file({"logits": model(torch.arange(0, 240, 5).view(2, 24)).logits.detach()}, sys.argv[2])
+"""
+
+
+def logits_without_afpq(directory: Path, scratch: Path) -> torch.Tensor:
+    """What a model gives for `torch.arange(0, 240, 5).view(2, 24)` in a process that never imports afpq."""
+    from safetensors.torch import load_file
+
+    command = [sys.executable, "-c", PLAIN_PROCESS, directory, scratch / "logits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(scratch / "logits")["logits"]
 
 
 def save_tokenizer(directory: Path) -> None:

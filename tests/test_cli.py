@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ModelMaker
+from conftest import ModelMaker, edit_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,11 +93,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
     return json.loads(path.read_text("utf-8"), parse_constant=refuse)
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture(scope="module")

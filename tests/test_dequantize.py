@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ModelMaker
+from conftest import ModelMaker, logits_without_afpq
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -115,17 +113,6 @@ def test_the_embeddings_stay_tied(saved: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
 
 
-PLAIN_PROCESS = """
-import sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
-assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-assert not [name for name in sys.modules if name.split(".")[0] == "afpq"]
-save_file({"logits": model(torch.arange(0, 240, 5).view(2, 24)).logits.detach()}, sys.argv[2])
-"""
-
-
 def test_what_is_saved_loads_without_afpq(saved: Path, tmp_path: Path) -> None:
     model = load(saved).dequantize()
     expected = logits(model)
@@ -134,12 +121,7 @@ def test_what_is_saved_loads_without_afpq(saved: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in config and config["dtype"] == "float32"
     tensors = load_file(tmp_path / "plain" / WEIGHTS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN_PROCESS, tmp_path / "plain", tmp_path / "logits"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert torch.equal(load_file(tmp_path / "logits")["logits"], expected)
+    assert torch.equal(logits_without_afpq(tmp_path / "plain", tmp_path), expected)
 
 
 def test_it_can_be_trained_and_quantized_again(saved: Path, tmp_path: Path) -> None:

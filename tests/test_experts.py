@@ -43,6 +43,16 @@ def fused_module(model_type: str) -> nn.Module:
     return module
 
 
+def split_module(model_type: str) -> tuple[nn.Module, AfpqExperts]:
+    """(the fused module, the same experts as linears)."""
+    module = fused_module(model_type)
+    form = expert_form(module)
+    assert form is not None
+    split = split_experts(module, form)
+    fill_experts(split, module)
+    return module, split
+
+
 def routed(experts: int, tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, a choice of two experts for each, and weights; expert 1 gets no token."""
     generator = torch.Generator().manual_seed(1)
@@ -62,12 +72,8 @@ def test_the_form_is_told_by_the_parameters(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", FORMS)
 def test_split_experts_give_the_fused_outputs(model_type: str) -> None:
-    module = fused_module(model_type)
-    form = expert_form(module)
-    assert form is not None
-    split = split_experts(module, form)
-    fill_experts(split, module)
-    inputs = routed(form.experts)
+    module, split = split_module(model_type)
+    inputs = routed(split.form.experts)
     expected = module(*inputs)
     assert torch.allclose(split(*inputs), expected, rtol=1e-5, atol=1e-6)
     assert expected.abs().max() > 0.01
@@ -75,11 +81,7 @@ def test_split_experts_give_the_fused_outputs(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", FORMS)
 def test_fusing_again_gives_the_same_parameters(model_type: str) -> None:
-    module = fused_module(model_type)
-    form = expert_form(module)
-    assert form is not None
-    split = split_experts(module, form)
-    fill_experts(split, module)
+    module, split = split_module(model_type)
     again = fuse_experts(split)
     assert type(again) is type(module)
     before = dict(module.named_parameters())
@@ -88,32 +90,20 @@ def test_fusing_again_gives_the_same_parameters(model_type: str) -> None:
 
 
 def test_splitting_copies_nothing() -> None:
-    module = fused_module("mixtral")
-    form = expert_form(module)
-    assert form is not None
-    split = split_experts(module, form)
-    fill_experts(split, module)
+    module, split = split_module("mixtral")
     storage = module.get_parameter("gate_up_proj").untyped_storage().data_ptr()
     assert split.get_submodule("3.up_proj").weight.untyped_storage().data_ptr() == storage
 
 
 def test_an_index_beyond_the_experts_is_no_expert() -> None:
-    module = fused_module("mixtral")
-    form = expert_form(module)
-    assert form is not None
-    split = split_experts(module, form)
-    fill_experts(split, module)
-    hidden, chosen, weights = routed(form.experts)
-    chosen[:, 1] = form.experts
+    module, split = split_module("mixtral")
+    hidden, chosen, weights = routed(split.form.experts)
+    chosen[:, 1] = split.form.experts
     assert torch.allclose(split(hidden, chosen, weights), module(hidden, chosen, weights), atol=1e-6)
 
 
 def test_no_tokens_give_no_outputs() -> None:
-    module = fused_module("mixtral")
-    form = expert_form(module)
-    assert form is not None
-    split = split_experts(module, form)
-    fill_experts(split, module)
+    _, split = split_module("mixtral")
     empty = split(torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
     assert empty.shape == (0, 32)
 

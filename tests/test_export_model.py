@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ModelMaker
+from conftest import ModelMaker, edit_config, edit_weights, logits_without_afpq, save_tied_qwen2
 from huggingface_hub.repocard import metadata_load
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,17 +51,6 @@ def packed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def broken(packed: Path, tmp_path: Path) -> Path:
     """A copy to be broken."""
     return Path(shutil.copytree(packed, tmp_path / "broken"))
-
-
-def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(directory / WEIGHTS)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -109,8 +96,8 @@ def test_other_dtypes_are_refused(packed: Path, tmp_path: Path, dtype: Any) -> N
 
 
 def test_what_the_model_keeps_wider_stays(tiny_copy: Path, tmp_path: Path) -> None:
-    edit(tiny_copy, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float() + 1e-7}))
-    edit(tiny_copy, lambda t: t.update({"model.count": torch.tensor([2**40])}))
+    edit_weights(tiny_copy, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float() + 1e-7}))
+    edit_weights(tiny_copy, lambda t: t.update({"model.count": torch.tensor([2**40])}))
     quantize(tiny_copy, tmp_path / "q", measured=False)
     result = export(tmp_path / "q", tmp_path / "out", "bf16")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
@@ -123,41 +110,20 @@ def test_what_the_model_keeps_wider_stays(tiny_copy: Path, tmp_path: Path) -> No
 
 def test_a_float32_model_becomes_narrow_throughout(make_model: ModelMaker, tmp_path: Path) -> None:
     make_model(tmp_path / "model")
-    edit(tmp_path / "model", lambda t: t.update({name: tensor.float() for name, tensor in t.items()}))
+    edit_weights(tmp_path / "model", lambda t: t.update({name: tensor.float() for name, tensor in t.items()}))
     quantize(tmp_path / "model", tmp_path / "q", measured=False)
     assert export(tmp_path / "q", tmp_path / "out", "bf16").kept == ()
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
 
 
-PLAIN_PROCESS = """
-import sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
-assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-assert not [name for name in sys.modules if name.split(".")[0] == "afpq"]
-save_file({"logits": model(torch.arange(0, 240, 5).view(2, 24)).logits.detach()}, sys.argv[2])
-"""
-
-
 def test_it_loads_without_afpq_and_computes_the_same(packed: Path, tmp_path: Path) -> None:
     export(packed, tmp_path / "out", "fp32")
-    command = [sys.executable, "-c", PLAIN_PROCESS, tmp_path / "out", tmp_path / "logits"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], logits(load(packed)), rtol=1e-4, atol=1e-5)
+    found = logits_without_afpq(tmp_path / "out", tmp_path)
+    torch.testing.assert_close(found, logits(load(packed)), rtol=1e-4, atol=1e-5)
 
 
 def test_biases_and_tied_embeddings(tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
-    model.save_pretrained(tmp_path / "model")
+    save_tied_qwen2(tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "q", measured=False)
     export(tmp_path / "q", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
@@ -241,7 +207,7 @@ def test_an_export_can_be_quantized_again(packed: Path, tmp_path: Path) -> None:
 def test_a_broken_checkpoint_is_named_and_leaves_nothing(
     broken: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], words: str
 ) -> None:
-    edit(broken, change)
+    edit_weights(broken, change)
     with pytest.raises(AfpqError, match=words):
         export(broken, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
@@ -249,14 +215,14 @@ def test_a_broken_checkpoint_is_named_and_leaves_nothing(
 
 def test_a_code_beyond_the_format_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     quantize(tiny_model_dir, tmp_path / "q", "fp4-asym-g64", measured=False)  # 15 values for 16 codes
-    edit(tmp_path / "q", lambda t: t[f"{UP}.qweight"][5].fill_(255))
+    edit_weights(tmp_path / "q", lambda t: t[f"{UP}.qweight"][5].fill_(255))
     with pytest.raises(AfpqError, match=rf"{UP}\.qweight.*beyond the 15 of fp4"):
         export(tmp_path / "q", tmp_path / "out")
 
 
 def test_what_was_infinite_before_is_no_overflow(tiny_copy: Path, tmp_path: Path) -> None:
     odd = torch.tensor([float("inf"), float("nan"), 65280.0, -1.0])
-    edit(tiny_copy, lambda t: t.update({"model.odd": odd.bfloat16()}))
+    edit_weights(tiny_copy, lambda t: t.update({"model.odd": odd.bfloat16()}))
     quantize(tiny_copy, tmp_path / "q", measured=False)
     export(tmp_path / "q", tmp_path / "out", "fp16")
     found = load_file(tmp_path / "out" / WEIGHTS)["model.odd"]
@@ -266,8 +232,8 @@ def test_what_was_infinite_before_is_no_overflow(tiny_copy: Path, tmp_path: Path
 @pytest.mark.parametrize("name", [f"{UP}.weight", "lm_head.weight"])
 def test_a_number_too_large_for_float16_is_named(make_model: ModelMaker, tmp_path: Path, name: str) -> None:
     make_model(tmp_path / "model")
-    edit(tmp_path / "model", lambda t: t.update({key: tensor.float() for key, tensor in t.items()}))
-    edit(tmp_path / "model", lambda t: t[name][3, 5].fill_(1e5))
+    edit_weights(tmp_path / "model", lambda t: t.update({key: tensor.float() for key, tensor in t.items()}))
+    edit_weights(tmp_path / "model", lambda t: t[name][3, 5].fill_(1e5))
     quantize(tmp_path / "model", tmp_path / "q", "nf4-asym-g64-float32", measured=False)
     with pytest.raises(AfpqError, match=rf"tensor {name}: 1e\+05 is too large for float16; export to bf16 or fp32"):
         export(tmp_path / "q", tmp_path / "out", "fp16")

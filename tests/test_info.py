@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import edit_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +21,6 @@ from afpq.source import WEIGHTS
 BLOCK_WEIGHTS = 2 * (64 * 64 + 32 * 64) + 3 * 64 * 96  # of the tiny model
 OUTSIDE_WEIGHTS = 2 * 256 * 64 + 5 * 64  # embeddings, head, five norms
 KEYS = {"bits_per_weight", "coverage", "quantized_parameters", "total_parameters", "file_bytes", "layers"}
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_quantized_model_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ ORDER = [
     "checkpoint", "lock", "workdir", "integrations", "integrations.hub", "integrations.transformers", "memory",
     "loading", "selftest", "stored", "integrations.peft", "integrations.lm_eval",
     "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
-    "provenance", "rewrite", "export_model", "bnb", "import_model",
+    "provenance", "rewrite", "export_model", "bnb", "import_checkpoint",
     "__init__", "console",
     "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",
     "comparison.agenda", "comparison.findings", "comparison.tabulate", "comparison.compare",
@@ -163,6 +163,13 @@ def test_modules_behind_an_optional_package_are_imported_in_functions_only() -> 
             [n for n in outside_functions(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.stmt)], []
         )
         assert not BEHIND.keys() & set(afpq_imports(ast.unparse(top), ORDER)), file
+
+
+def test_no_public_name_is_also_a_module() -> None:
+    """Importing the module would put it in the name's place, and the documentation would show it twice."""
+    import afpq
+
+    assert not set(afpq.__all__) & {path.stem for path in SOURCE.iterdir()}
 
 
 def test_the_checks_of_rules_work() -> None:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ModelMaker
-from safetensors.torch import load_file, save_file
+from conftest import ModelMaker, edit_config, edit_weights
+from safetensors.torch import load_file
 from torch import Tensor
 
 from afpq import AfpqError, Recipe, parse_scheme, quantize
@@ -35,18 +34,6 @@ BLOCK_WEIGHTS = 2 * (64 * 64 + 32 * 64) + 3 * 64 * 96
 def plan_of(directory: Path, scheme: str = "nf4-asym-g64", **recipe: object) -> Plan:
     made = Recipe(parse_scheme(scheme), **recipe)  # type: ignore[arg-type]
     return make_plan(open_checkpoint(directory), build_skeleton(directory), made)
-
-
-def edit_weights(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Rewrite the one weight file of a checkpoint."""
-    tensors = load_file(directory / WEIGHTS)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_units_are_the_outside_and_then_the_blocks(tiny_model_dir: Path) -> None:

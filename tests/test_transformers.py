@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import edit_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -261,12 +262,6 @@ def test_a_config_survives_json() -> None:
     again = AfpqConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
     assert again.to_dict() == config.to_dict()
     assert again.recipe() == config.recipe()
-
-
-def edit_weights(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(directory / WEIGHTS)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
 
 
 def edit_keys(directory: Path, **changes: Any) -> None:

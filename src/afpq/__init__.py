@@ -7,7 +7,7 @@ from afpq.errors import AfpqError
 from afpq.export_model import export
 from afpq.formats import Format, custom_format, parse_format
 from afpq.groups import QuantizedWeight
-from afpq.import_model import import_model
+from afpq.import_checkpoint import import_model
 from afpq.integrations.transformers import AfpqConfig
 from afpq.kernels import set_compute
 from afpq.linear import AfpqLinear

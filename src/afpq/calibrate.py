@@ -238,27 +238,38 @@ def find_stages(block: nn.Module, names: list[str], call: BlockCall, hidden: Ten
     return [Stage(tuple(dict.fromkeys(readers))) for _, readers in seen]
 
 
-class Stop(Exception):
+class _Stop(Exception):
     """Ends a forward pass once the tensor it was run for is there."""
 
 
 @torch.no_grad()
-def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> Tensor:
-    """What the linear reads when the block gets `hidden`: [tokens, in]; nothing behind it is run."""
-    found: list[Tensor] = []
+def arguments_of(
+    block: nn.Module, inside: str, call: BlockCall, hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the block gives to the module called `inside` when it gets `hidden`; nothing behind that is run.
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise Stop
+    Raises AfpqError where the module is not called.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    handle = block.get_submodule(linear).register_forward_pre_hook(hook)
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Stop
+
+    handle = block.get_submodule(inside).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         call(block, hidden)
-    except Stop:
-        pass
+    except _Stop:
+        return found[0]
     finally:
         handle.remove()
-    return found[0].flatten(0, -2).float()
+    raise AfpqError(f"{inside}: is not called when its block is run; use --method rtn")
+
+
+def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> Tensor:
+    """What the linear reads when the block gets `hidden`: [tokens, in], float32."""
+    x: Tensor = arguments_of(block, linear, call, hidden)[0][0]
+    return x.flatten(0, -2).float()
 
 
 def collect(

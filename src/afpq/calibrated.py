@@ -9,9 +9,10 @@ its successor's are complete and the block is recorded as finished, so that a ru
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from afpq.calibrate import (
     move,
 )
 from afpq.errors import AfpqError
-from afpq.experts import AfpqExperts
+from afpq.experts import find_experts
 from afpq.groups import QuantizedWeight
 from afpq.head import head_moments, rounded_embedding, solve_in_parts
 from afpq.packing import to_tensors
@@ -83,6 +84,7 @@ def run_calibrated(
         yield runner.run_head(units[HEAD])
 
 
+T = TypeVar("T")
 ALONE = BlockCall((), {}, False)  # how an expert is called
 
 
@@ -144,10 +146,8 @@ class _Runner:
         """Quantize the head, from what leaves the last block."""
         (target,) = unit.targets
         last = len(self.blocks)
-        streams, weight = (
-            [self.states(kind, last) for kind in self.kinds()],
-            self.plan.checkpoint.read_stored(target.stored),
-        )
+        streams = [self.states(kind, last) for kind in self.kinds()]
+        weight = self.plan.checkpoint.read_stored(target.stored)
         moments = head_moments(self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device)
         with named(target.tensor):
             tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)
@@ -213,37 +213,35 @@ class _Runner:
         schemes = {name: t.scheme for name, t in targets.items()}
         sample = inputs.sample(self.device)
         ratios = awq_scale(block, call, sample, schemes, stored)
-        for place, experts in block.named_modules():
-            if isinstance(experts, AfpqExperts):
-                routed = routed_batch(block, place, call, sample)
-                for number, expert in experts.named_children():
-                    tokens = routed.tokens_of(None if self.all_experts else int(number))
-                    inside = {n.removeprefix(f"{place}.{number}."): s for n, s in schemes.items()}
-                    if len(tokens.rows):
-                        found = awq_scale(expert, ALONE, tokens.sample(self.device), inside, {})
-                        ratios |= {f"{place}.{number}: {fold}": ratio for fold, ratio in found.items()}
+        for place, experts in find_experts(block).items():
+            routed = routed_batch(block, place, call, sample)
+            for number, expert in experts.named_children():
+                tokens = routed.tokens_of(None if self.all_experts else int(number))
+                if len(tokens.rows):
+                    inside = _below(f"{place}.{number}", schemes)
+                    found = awq_scale(expert, ALONE, tokens.sample(self.device), inside, {})
+                    ratios |= {f"{place}.{number}: {fold}": ratio for fold, ratio in found.items()}
         if not ratios:
             return f"no fold points are known for {type(block).__name__}: not scaled"
         return "; ".join(f"{fold}: error x {ratio:.3f}" for fold, ratio in ratios.items())
 
     def _targets_inside(self, block: Block, unit: Unit) -> dict[str, Target]:
         """The unit's targets by their linears' names inside the block."""
-        return {t.module.removeprefix(f"{block.name}."): t for t in unit.targets}
+        return _below(block.name, {target.module: target for target in unit.targets})
 
     def _names_inside(self, block: Block) -> dict[str, Stored]:
         """Parameter's name inside the block -> where it is in the checkpoint."""
-        prefix = f"{block.name}."
-        return {n.removeprefix(prefix): t for n, t in self.plan.names.items() if n.startswith(prefix)}
+        return _below(block.name, self.plan.names)
 
     def _solve_block(
         self, state: _BlockState, targets: dict[str, Target], index: int
     ) -> dict[str, tuple[QuantizedWeight, LayerLog]]:
         """Every linear of the block; experts come last, since nothing in a block reads what they give but its end."""
-        experts = {n: m for n, m in state.quantized.named_modules() if isinstance(m, AfpqExperts)}
-        inside = {name: next((e for e in experts if name.startswith(f"{e}.")), None) for name in targets}
-        solved = self._solve_stages(state, {n: t for n, t in targets.items() if inside[n] is None})
+        experts = find_experts(state.quantized)
+        places = tuple(f"{place}." for place in experts)
+        solved = self._solve_stages(state, {n: t for n, t in targets.items() if not n.startswith(places)})
         for place in experts:
-            members = {n.removeprefix(f"{place}."): t for n, t in targets.items() if inside[n] == place}
+            members = _below(place, targets)
             if members:
                 found = self._solve_experts(state, place, members, index)
                 solved |= {f"{place}.{name}": weight for name, weight in found.items()}
@@ -268,8 +266,8 @@ class _Runner:
                 beside=None if state.beside is None else state.beside.get_submodule(f"{place}.{number}"),
                 beside_inputs=None if beside is None else replace(tokens, tensor=beside.hidden),
             )
-            members = {n.removeprefix(f"{number}."): t for n, t in targets.items() if n.startswith(f"{number}.")}
-            solved |= {f"{number}.{name}": found for name, found in self._solve_stages(inner, members).items()}
+            members = self._solve_stages(inner, _below(number, targets))
+            solved |= {f"{number}.{name}": found for name, found in members.items()}
         for file in files:
             file.unlink(missing_ok=True)
         return solved
@@ -303,6 +301,12 @@ class _Runner:
         weight, log = solve_layer(linear.weight, moments, target, self.recipe)
         linear.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
         return weight, log
+
+
+def _below(place: str, values: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to names inside the module called `place`, by their names in there."""
+    prefix = f"{place}."
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

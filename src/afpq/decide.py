@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from afpq.blocks import TransposedLinear, find_blocks, find_linears
 from afpq.ends import Ends, settle_recipe
 from afpq.errors import AfpqError
-from afpq.experts import BIAS, AfpqExperts, all_or_none
+from afpq.experts import AfpqExperts, all_or_none, find_experts
 from afpq.names import Located
 from afpq.packing import layout
 from afpq.plan import HEAD, OUTSIDE, Piece, Plan, Target, Unit
@@ -33,25 +33,26 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
         raise AfpqError(
             f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model{hint}"
         )
-    names = _tensor_names(checkpoint, model)
-    recipe, ends = settle_recipe(model, recipe, Located(checkpoint.tensors, model).differ)
+    located, experts = Located(checkpoint.tensors, model, model.state_dict()), find_experts(model)
+    names = _tensor_names(checkpoint, model, located, experts)
+    recipe, ends = settle_recipe(model, recipe, located.differ)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
     if absent and len(absent) < len(linears):
         raise AfpqError(
             f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
         )
-    left = _left_experts(model, recipe)
-    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AfpqExperts))
+    left = _left_experts(experts, recipe)
+    routed = tuple(f"{name}." for name in experts)
     targets: list[Target] = []
     kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module, linear in linears:
         scheme, stored = recipe.scheme_for(module), names.get(f"{module}.weight")
         if scheme is not None and stored is not None:
             target = _target(checkpoint, module, linear, stored, scheme)
-            targets.append(replace(target, expert=module.startswith(experts)))
+            targets.append(replace(target, expert=module.startswith(routed)))
             kept.discard(module)
-    ends_found, head = _end_targets(checkpoint, model, ends, recipe)
+    ends_found, head = _end_targets(checkpoint, model, located, ends, recipe)
     targets += ends_found
     kept -= ends.schemes(recipe).keys()
     if not targets:
@@ -70,11 +71,13 @@ def _check_names(checkpoint: Checkpoint, targets: list[Target]) -> None:
             raise AfpqError(f"{checkpoint.directory}: tensor {taken} is in the way of {target.tensor}, quantized")
 
 
-def _left_experts(model: nn.Module, recipe: Recipe) -> list[str]:
+def _left_experts(experts: dict[str, AfpqExperts], recipe: Recipe) -> list[str]:
     """Modules of experts that are not quantized: they are named in one, since they will be loaded in one."""
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, AfpqExperts)}
-    chosen = {name: [recipe.scheme_for(f"{name}.{leaf}") for leaf, _ in e.linears()] for name, e in experts.items()}
-    return [name for name, schemes in chosen.items() if not all_or_none(name, [s is not None for s in schemes])]
+
+    def chosen(name: str) -> list[bool]:
+        return [recipe.scheme_for(f"{name}.{linear}") is not None for linear in experts[name].form.linears()]
+
+    return [name for name in experts if not all_or_none(name, chosen(name))]
 
 
 def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, stored: Stored, scheme: Scheme) -> Target:
@@ -98,11 +101,11 @@ def _prefix(module: str, stored: Stored) -> str:
 
 
 def _end_targets(
-    checkpoint: Checkpoint, model: nn.Module, ends: Ends, recipe: Recipe
+    checkpoint: Checkpoint, model: nn.Module, located: Located, ends: Ends, recipe: Recipe
 ) -> tuple[list[Target], str | None]:
     """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
     targets: list[Target] = []
-    located, head = Located(checkpoint.tensors, model), None
+    head = None
     for module, scheme in ends.schemes(recipe).items():
         tensor = located.find(f"{module}.weight")
         head = tensor if module == ends.head else head
@@ -116,7 +119,9 @@ def _end_targets(
     return targets, head
 
 
-def _tensor_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Stored]:
+def _tensor_names(
+    checkpoint: Checkpoint, model: PreTrainedModel, located: Located, experts: dict[str, AfpqExperts]
+) -> dict[str, Stored]:
     """Name in the model -> where it is in the checkpoint.
 
     A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors the model does not know:
@@ -124,14 +129,12 @@ def _tensor_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, S
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wanted = [name for name in model.state_dict() if name not in tied]
-    located = Located(checkpoint.tensors, model, wanted)
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TransposedLinear)}
     found = {
         name: Stored(tensor, transposed=name in turned) for name in wanted if (tensor := located.find(name)) is not None
     }
-    for place, module in model.named_modules():
-        if isinstance(module, AfpqExperts):
-            found = _fused_names(place, module, located) | found
+    for place, module in experts.items():
+        found = _fused_names(place, module, located) | found
     absent = set(wanted) - set(found)
     missing = [name for name, _ in model.named_parameters() if name in absent]
     if missing and len({stored.tensor for stored in found.values()}) == len(checkpoint.tensors):
@@ -141,12 +144,11 @@ def _tensor_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, S
 
 def _fused_names(place: str, experts: AfpqExperts, located: Located) -> dict[str, Stored]:
     """Where the weights and biases of experts are, if the checkpoint holds all of a layer in one tensor."""
-    form, found = experts.form, {}
-    for name, leaf in experts.linears():
-        for kind, suffix in (("weight", ""), ("bias", BIAS)):
-            fused = located.find(f"{place}.{form.parameter(leaf)}{suffix}")
-            if fused is not None:
-                found[f"{place}.{name}.{kind}"] = form.stored(leaf, fused, int(name.partition(".")[0]))
+    found = {}
+    for linear, kind, stored in experts.form.parts():
+        fused = located.find(f"{place}.{stored.tensor}")
+        if fused is not None:
+            found[f"{place}.{linear}.{kind}"] = replace(stored, tensor=fused)
     return found
 
 

@@ -9,6 +9,7 @@ run like all others, under the names they have in the files of Mixtral, Qwen or 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,31 +41,39 @@ class ExpertForm:
     bias: bool
     names: tuple[str, ...]
 
-    def linears(self) -> list[tuple[str, str]]:
-        """(name inside the module of experts, leaf) of every linear, in order."""
-        return [(f"{index}.{leaf}", leaf) for index in range(self.experts) for leaf in self.names]
+    @property
+    def gated(self) -> bool:
+        return len(self.names) == 3
 
     @property
     def fused(self) -> str:
         """The parameter that holds what reads the hidden states."""
-        return GATED if len(self.names) == 3 else PLAIN
+        return GATED if self.gated else PLAIN
+
+    def linears(self) -> list[str]:
+        """Name inside the module of experts of every linear, in order."""
+        return [f"{index}.{leaf}" for index in range(self.experts) for leaf in self.names]
 
     def shape(self, leaf: str) -> tuple[int, int]:
         """[out, in] of an expert's linear."""
         return (self.hidden, self.inner) if leaf == self.names[-1] else (self.inner, self.hidden)
 
-    def stored(self, leaf: str, fused: str, expert: int) -> Stored:
-        """Where an expert's weight, or its bias, is in the fused tensor called `fused`."""
-        rows = None
-        if len(self.names) == 3 and leaf != self.names[-1]:
-            index = self.names.index(leaf)
-            start, stop = index * self.inner, (index + 1) * self.inner
-            rows = (index, 2 * self.inner, 2) if self.interleaved else (start, stop, 1)
-        return Stored(fused, expert, rows, self.transposed)
+    def parts(self) -> Iterator[tuple[str, str, Stored]]:
+        """(linear, "weight" or "bias", where in the fused module's parameters that is) of all they hold."""
+        kinds = (("weight", ""), *((("bias", BIAS),) if self.bias else ()))
+        for index in range(self.experts):
+            for leaf in self.names:
+                parameter = DOWN if leaf == self.names[-1] else self.fused
+                for kind, suffix in kinds:
+                    yield f"{index}.{leaf}", kind, Stored(parameter + suffix, index, self._rows(leaf), self.transposed)
 
-    def parameter(self, leaf: str) -> str:
-        """The fused parameter that holds this leaf."""
-        return DOWN if leaf == self.names[-1] else self.fused
+    def _rows(self, leaf: str) -> tuple[int, int, int] | None:
+        """The outputs of a fused parameter that are this leaf's; None for all."""
+        if not self.gated or leaf == self.names[-1]:
+            return None
+        index = self.names.index(leaf)
+        start, stop = index * self.inner, (index + 1) * self.inner
+        return (index, 2 * self.inner, 2) if self.interleaved else (start, stop, 1)
 
 
 class Expert(nn.Module):
@@ -112,10 +121,6 @@ class AfpqExperts(nn.Module):
                 output = self.get_submodule(str(index))(hidden[token]) * top_k_weights[token, position, None]
                 total.index_add_(0, token, output.to(total.dtype))
         return total
-
-    def linears(self) -> list[tuple[str, str]]:
-        """(name of the linear inside this module, its leaf), in order."""
-        return self.form.linears()
 
 
 def _join(outputs: list[Tensor], interleaved: bool) -> Tensor:
@@ -181,13 +186,9 @@ def split_experts(module: nn.Module, form: ExpertForm) -> AfpqExperts:
 @torch.no_grad()
 def fill_experts(split: AfpqExperts, fused: nn.Module) -> None:
     """Each linear gets its part of the fused parameters, as a view: nothing is copied."""
-    form = split.form
-    for name, leaf in split.linears():
-        index, linear = int(name.split(".")[0]), split.get_submodule(name)
-        for kind, suffix in (("weight", ""), *((("bias", BIAS),) if form.bias else ())):
-            parameter = form.parameter(leaf) + suffix
-            value = form.stored(leaf, parameter, index).of(fused.get_parameter(parameter))
-            setattr(linear, kind, nn.Parameter(value, requires_grad=False))
+    for linear, kind, stored in split.form.parts():
+        value = stored.of(fused.get_parameter(stored.tensor))
+        setattr(split.get_submodule(linear), kind, nn.Parameter(value, requires_grad=False))
 
 
 @torch.no_grad()
@@ -196,10 +197,9 @@ def fuse_experts(split: AfpqExperts) -> nn.Module:
     form = split.form
     fused: nn.Module = copy.copy(split.shell)
     fused._parameters = {}
-    linear = split.get_submodule(form.linears()[0][0])
-    like = linear.get_parameter("weight")
+    like = split.get_submodule(form.linears()[0]).get_parameter("weight")
     for parameter, outputs, inputs in (
-        (form.fused, (len(form.names) - 1) * form.inner, form.hidden),
+        (form.fused, (1 + form.gated) * form.inner, form.hidden),
         (DOWN, form.hidden, form.inner),
     ):
         shape = (form.experts, *((inputs, outputs) if form.transposed else (outputs, inputs)))
@@ -207,12 +207,15 @@ def fuse_experts(split: AfpqExperts) -> nn.Module:
         if form.bias:
             bias = like.new_empty(form.experts, outputs)
             fused.register_parameter(parameter + BIAS, nn.Parameter(bias, requires_grad=False))
-    for name, leaf in form.linears():
-        for kind, suffix in (("weight", ""), *((("bias", BIAS),) if form.bias else ())):
-            parameter = form.parameter(leaf) + suffix
-            place = form.stored(leaf, parameter, int(name.partition(".")[0])).of(fused.get_parameter(parameter))
-            place.copy_(split.get_submodule(name).get_parameter(kind))
+    for name, kind, stored in form.parts():
+        place = stored.of(fused.get_parameter(stored.tensor))
+        place.copy_(split.get_submodule(name).get_parameter(kind))
     return fused
+
+
+def find_experts(model: nn.Module) -> dict[str, AfpqExperts]:
+    """Every module of experts that has been taken apart, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AfpqExperts)}
 
 
 def all_or_none(name: str, chosen: list[bool]) -> bool:

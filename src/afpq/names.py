@@ -87,9 +87,9 @@ class Located:
 
     def __init__(self, tensors: Mapping[str, TensorInfo], model: nn.Module, known: Iterable[str] = ()) -> None:
         """`known`: names of the model that are to be taken as they are where the checkpoint has them."""
-        names, taken = Names(model), set(known)
+        self.names, taken = Names(model), set(known)
         self.tensors, self.base = tensors, getattr(model, "base_model_prefix", "")
-        self.stored = {(name if name in taken else names.in_model(name)): name for name in tensors}
+        self.stored = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
 
     def find(self, name: str) -> str | None:
         """The checkpoint's name of the model's tensor `name`."""

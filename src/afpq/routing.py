@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afpq.calibrate import BATCH_TOKENS, Activations, BlockCall, Inputs, Stop
+from afpq.calibrate import BATCH_TOKENS, Activations, BlockCall, Inputs, arguments_of
 from afpq.errors import AfpqError
 
 
@@ -50,28 +49,16 @@ class Routed:
         return Tokens(self.hidden, reached.nonzero()[:, 0])
 
 
-@torch.no_grad()
 def routed_batch(block: nn.Module, experts: str, call: BlockCall, hidden: Tensor) -> Routed:
     """What the module called `experts` gets when `hidden` enters the block; nothing behind it is run.
 
     Raises AfpqError where the block does not hand it hidden states and the choice of experts, a row for each token.
     """
-    found: list[tuple[Any, ...]] = []
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((*args, *kwargs.values()))
-        raise Stop
-
-    handle = block.get_submodule(experts).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        call(block, hidden)
-    except Stop:
-        pass
-    finally:
-        handle.remove()
-    if not found or len(found[0]) < 2 or len(found[0][0]) != len(found[0][1]):
+    args, kwargs = arguments_of(block, experts, call, hidden)
+    given = (*args, *kwargs.values())
+    if len(given) < 2 or len(given[0]) != len(given[1]):
         raise AfpqError(f"{experts}: its experts are not called token by token here; use --method rtn")
-    return Routed(found[0][0].float(), found[0][1])
+    return Routed(given[0].float(), given[1])
 
 
 def route(block: nn.Module, experts: str, call: BlockCall, inputs: Inputs, path: Path, device: torch.device) -> Routed:

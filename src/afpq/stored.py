@@ -11,8 +11,8 @@ from afpq.blocks import TransposedLinear
 from afpq.config import QUANT_METHOD, config_from_json, is_kept
 from afpq.ends import saved_ends
 from afpq.errors import AfpqError
-from afpq.experts import AfpqExperts
-from afpq.names import Located, Names
+from afpq.experts import find_experts
+from afpq.names import Located
 from afpq.packing import layout, spec_bytes
 from afpq.scheme import Scheme
 from afpq.skeleton import build_skeleton
@@ -61,7 +61,8 @@ def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> li
     located = Located(checkpoint.tensors, model)
     ends = saved_ends(model, lambda name: located.find(name) is not None)
     chosen = ends.schemes(recipe)
-    split = _split_experts(model)
+    # Where Transformers merges no experts, files hold them in 3-D tensors.
+    split = () if located.names.merges else tuple(f"{name}." for name in find_experts(model))
     layers = []
     for name, module in model.named_modules():
         if ends.tied and name == ends.head and name in chosen:
@@ -76,10 +77,3 @@ def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> li
         turned, in_one = isinstance(module, TransposedLinear), name.startswith(split)
         layers.append(StoredLayer(name, scheme, (rows, columns), tensors, name in chosen, turned, in_one))
     return layers
-
-
-def _split_experts(model: nn.Module) -> tuple[str, ...]:
-    """Modules of experts whose files hold them in 3-D tensors, where Transformers merges none."""
-    if Names(model).merges:
-        return ()
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, AfpqExperts))

@@ -19,7 +19,7 @@ from afpq.ends import Ends, untie
 from afpq.errors import AfpqError
 from afpq.experts import AfpqExperts, all_or_none, expert_form, split_experts
 from afpq.linear import AfpqLinear, PackedModule
-from afpq.names import Located, Names
+from afpq.names import Located
 from afpq.packing import layout
 from afpq.scheme import Recipe, Scheme
 
@@ -36,13 +36,15 @@ def convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def swap_matrices(model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, packed: bool) -> None:
+def swap_matrices(
+    model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, leaves: tuple[str, ...], packed: bool
+) -> None:
     """Replace what is convertible and begins with one of `places`, where `scheme_of` its name has a scheme.
 
-    `packed`: whether the checkpoint holds codes; if not, float parameters are kept to be loaded. Raises AfpqError where
-    some of a layer's experts would be quantized and others not.
+    `leaves`: what an expert's linears are called (`Names.leaves`). `packed`: whether the checkpoint holds codes; if
+    not, float parameters are kept to be loaded. Raises AfpqError where some of a layer's experts would be quantized and
+    others not.
     """
-    leaves = Names(model).leaves()
     for name, module in convertible(model):
         if not name.startswith(tuple(places)):
             continue
@@ -55,10 +57,10 @@ def swap_matrices(model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, 
                     layer.register_parameter("weight", module.get_parameter("weight"))
                 replace_module(model, name, layer)
             continue
-        schemes = [scheme_of(f"{name}.{linear}") for linear, _ in form.linears()]
+        schemes = [scheme_of(f"{name}.{linear}") for linear in form.linears()]
         if all_or_none(name, [scheme is not None for scheme in schemes]):
             split = split_experts(module, form)
-            for (linear, _), scheme in zip(form.linears(), schemes):
+            for linear, scheme in zip(form.linears(), schemes):
                 assert scheme is not None
                 replace_module(split, linear, _empty_layer(split.get_submodule(linear), scheme))
             if not packed:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.algorithms import quantize_rtn, search_channel_scales
-from afpq.calibrate import BlockCall, input_of
+from afpq.calibrate import BlockCall, arguments_of, input_of
 from afpq.folds import Fold, apply_fold, fold_weights, folds_of, shared_mean
 from afpq.scheme import Scheme
 
@@ -48,8 +48,8 @@ def _search(
     block: nn.Module, fold: Fold, call: BlockCall, hidden: Tensor, schemes: Mapping[str, Scheme]
 ) -> tuple[float, Tensor]:
     """(error left relative to no scaling, the scales)."""
-    inside = block.get_submodule(fold.inside) if fold.inside else block
-    args, kwargs = _call_of(block, inside, call, hidden)
+    inside = block.get_submodule(fold.inside)  # the block for ""
+    args, kwargs = arguments_of(block, fold.inside, call, hidden)
     wanted = _run(inside, args, kwargs)
     magnitude = input_of(block, fold.linears[0], call, hidden).abs().mean(0)
     weights = fold_weights(block, fold)
@@ -69,25 +69,6 @@ def _search(
 
     best = search_channel_scales(originals, shared_mean(block, fold, magnitude), loss, quantize)
     return (best.after / best.before if best.before else 1.0), best.scales
-
-
-def _call_of(
-    block: nn.Module, inside: nn.Module, call: BlockCall, hidden: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments the block gives to a module inside it."""
-    if inside is block:
-        return (hidden, *call.args), call.kwargs
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-
-    handle = inside.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        call(block, hidden)
-    finally:
-        handle.remove()
-    return found[0]
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

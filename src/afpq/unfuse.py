@@ -30,7 +30,7 @@ def unfuse(model: nn.Module, chosen: Callable[[str], bool] = lambda _name: True)
     leaves = Names(model).leaves()
     for name, module in list(model.named_modules()):
         form = expert_form(module, leaves)
-        if form is not None and all_or_none(name, [chosen(f"{name}.{linear}") for linear, _ in form.linears()]):
+        if form is not None and all_or_none(name, [chosen(f"{name}.{linear}") for linear in form.linears()]):
             split = split_experts(module, form)
             fill_experts(split, module)
             replace_module(model, name, split)

@@ -12,7 +12,7 @@ from afpq.blocks import replace_module
 from afpq.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.ends import retie
 from afpq.errors import AfpqError
-from afpq.experts import AfpqExperts, fuse_experts
+from afpq.experts import find_experts, fuse_experts
 from afpq.linear import AfpqLinear, PackedModule
 
 
@@ -36,9 +36,9 @@ def unpack_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
             retie(model)
         elif isinstance(module, AfpqLinear):
             replace_module(model, name, _plain_linear(module, dtype))
-    experts = [(name, module) for name, module in model.named_modules() if isinstance(module, AfpqExperts)]
-    for name, experts_module in experts:
-        replace_module(model, name, fuse_experts(experts_module))
+    experts = find_experts(model)
+    for name, split in experts.items():
+        replace_module(model, name, fuse_experts(split))
     if experts:
         model._weight_conversions = None  # of a quantized model; None: saved as a float model is
     for parameter in model.parameters():

@@ -48,7 +48,7 @@ def import_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Take over a checkpoint that bitsandbytes quantized to 4 bits; its weights keep their values."""
-    from afpq.import_model import import_model
+    from afpq.import_checkpoint import import_model
 
     check_json_place(json)
     with quiet_transformers(), progress_bar("start") as advance:

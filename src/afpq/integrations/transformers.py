@@ -29,11 +29,11 @@ from afpq.coverage import warn_of_left
 from afpq.embedding import AfpqEmbedding
 from afpq.ends import Ends, saved_ends, settle_recipe
 from afpq.errors import AfpqError
-from afpq.experts import BIAS, AfpqExperts
+from afpq.experts import AfpqExperts, find_experts
 from afpq.groups import QuantizedWeight
 from afpq.integrations.hub import wrap_upload
 from afpq.linear import AfpqLinear, PackedModule
-from afpq.names import Located, Merge, Names
+from afpq.names import Located, Merge
 from afpq.packing import to_tensors
 from afpq.pipeline import solve
 from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Recipe, Scheme
@@ -142,13 +142,13 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # A saved model lists every linear it kept; the blocks matter only while deciding.
         self.blocks = [block.name for block in find_blocks(model)]
         places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
-        swap_matrices(model, places, scheme_of, self.pre_quantized)
+        swap_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         swap_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
         spare_initialization(model)
-        if any(isinstance(module, AfpqExperts) for module in model.modules()):
-            self.merges = Names(model).merges
+        if find_experts(model):
+            self.merges = located.names.merges
         if self.pre_quantized:
             if checkpoint_files is not None:
                 check_headers(model, located)
@@ -254,10 +254,8 @@ def _parts(module: nn.Module, name: str, leaf: str, weight: Tensor) -> Iterator[
         conv1d = isinstance(module, AfpqLinear) and module.conv1d
         yield name, weight.T if conv1d else weight, "weight"
         return
-    kind = "bias" if leaf.endswith(BIAS) else "weight"
-    for linear, part in module.form.linears():
-        if module.form.parameter(part) == leaf.removesuffix(BIAS):
-            stored = module.form.stored(part, leaf, int(linear.partition(".")[0]))
+    for linear, kind, stored in module.form.parts():
+        if stored.tensor == leaf:
             yield f"{name}.{linear}", stored.of(weight), kind
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bnb_layout import Layout, convert
-from conftest import ModelMaker
+from conftest import ModelMaker, save_tied_qwen2
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -147,15 +147,7 @@ def test_linears_that_were_skipped_stay(tiny_copy: Path, tmp_path: Path) -> None
 
 
 def test_biases_and_tied_embeddings(tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
-    model.save_pretrained(tmp_path / "model")
+    model = save_tied_qwen2(tmp_path / "model")
     values = convert(tmp_path / "model", LAYOUTS["nf4 twice"])
     import_model(tmp_path / "model", tmp_path / "out")
     model.load_state_dict({**model.state_dict(), **values})
