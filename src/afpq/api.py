@@ -241,12 +241,13 @@ def _describe(result: UnitResult) -> str:
 
 def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outcome:
     """Everything beside the weights; config.json comes last: with it the directory is a model."""
-    plan, trust = job.plan, job.trust_remote_code
-    notes = [note for unit in plan.units for note in work.finished[unit.name]]
+    trust = job.trust_remote_code
+    notes = [note for unit in job.plan.units for note in work.finished[unit.name]]
+    plan = settled(job.plan, notes)
     (work.path / LOG_NAME).write_text("\n".join(map(json.dumps, notes)) + "\n", "utf-8")
     for path in plan.checkpoint.companions():
         shutil.copyfile(path, work.path / path.name)
-    config = _config(job)
+    config = _config(job, plan)
     with work.as_published(config) as directory:
         written = open_checkpoint(directory)
         check_tensors(written, plan.outputs(), work.digests)
@@ -254,10 +255,17 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
     model = job.name or str(plan.checkpoint.directory)
-    write_card(work.path, Card(model, plan, notes, _calibration(job), measured, tested))
+    write_card(work.path, Card(model, job.plan, notes, _calibration(job), measured, tested))
     write_json(work.path / "config.json", config)
     rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
     return Outcome(measured, tested, rounded)
+
+
+def settled(plan: Plan, notes: Sequence[dict[str, Any]]) -> Plan:
+    """The plan as carried out: where books were learned, each target has the one that the log notes of it."""
+    noted = {note["module"]: note["scheme"] for note in notes}
+    learned = [target.module for target in plan.targets if target.scheme.format.learned]
+    return plan.with_schemes({module: parse_scheme(noted[module]) for module in learned}) if learned else plan
 
 
 def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFigures | str:
@@ -274,9 +282,9 @@ def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFig
     return measure_sample(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
 
 
-def _config(job: Job) -> dict[str, Any]:
-    """config.json of the result."""
-    keys = config_to_json(job.plan.recipe, job.plan.kept)
+def _config(job: Job, plan: Plan) -> dict[str, Any]:
+    """config.json of the result, whose plan has been carried out."""
+    keys = config_to_json(plan.recipe, plan.kept)
     if job.windows is not None:
         keys["calibration"] = {
             "samples": job.windows.shape[0],

@@ -9,7 +9,7 @@ from typing import Any
 
 from afpq.errors import AfpqError
 from afpq.formats import parse_format
-from afpq.scheme import METHODS, Recipe, Scheme, default_format, scheme_of_end
+from afpq.scheme import METHODS, Recipe, Scheme, default_format, name_of, scheme_of_end
 
 QUANT_METHOD = "afpq"
 # 2: the embedding is packed, or the head in a scheme of its own, which an afpq that only knows 1 would misread.
@@ -75,10 +75,17 @@ def ends_to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
-    """ "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys."""
+    """ "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys.
+
+    Of single linears, which may be thousands, only the keys that are not those of the rest.
+    """
     overrides: dict[str, Any] = {}
+    rest = scheme_to_json(recipe.scheme)
     for pattern, scheme in recipe.overrides:
-        overrides.setdefault(f"+:{pattern}", {**scheme_to_json(scheme), "rank": len(overrides)})
+        keys = scheme_to_json(scheme)
+        if name_of(pattern) is not None:
+            keys = {key: value for key, value in keys.items() if value != rest[key]}
+        overrides.setdefault(f"+:{pattern}", {**keys, "rank": len(overrides)})
     return overrides
 
 

@@ -66,5 +66,6 @@ def model_bits(model: nn.Module) -> float:
     """True bits per quantized weight of a model in memory; 0 if it has none."""
     layers = [m for m in model.modules() if isinstance(m, PackedModule) and not isinstance(m, AfpqTiedHead)]
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.packed().values())
+    stored += sum(layer.scheme.format.book_bytes for layer in layers)
     weights = sum(layer.rows * layer.columns for layer in layers)
     return 8 * stored / weights if weights else 0.0

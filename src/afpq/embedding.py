@@ -99,9 +99,15 @@ class AfpqTiedHead(AfpqLinear):
     def __init__(self, table: AfpqEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = table.embedding_dim, table.num_embeddings
-        self.rows, self.columns, self.scheme = table.rows, table.columns, table.scheme
+        self.rows, self.columns = table.rows, table.columns
         self.bias, self.dtype = bias, table.lookup.weight.dtype
         self.__dict__["table"] = table  # not as a submodule, whose tensors would be saved a second time
+
+    @property
+    def scheme(self) -> Scheme:  # type: ignore[override]
+        """The table's, whose book may have been learned after this was made."""
+        table: AfpqEmbedding = self.__dict__["table"]
+        return table.scheme
 
     @property
     def qweight(self) -> Tensor:  # type: ignore[override]

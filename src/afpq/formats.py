@@ -3,7 +3,8 @@
 
 nf4 and nf3 are the books of AFPQ (arXiv 2311.01792, appendix A), nf4 being bitsandbytes' NF4; nf2 is the same
 construction at two bits (`tests/test_formats.py` rebuilds all three from quantiles of the normal distribution).
-fp4 is E2M1 and fp3 E2M0, without infinities: 15 and 7 values, one code spare.
+fp4 is E2M1 and fp3 E2M0, without infinities: 15 and 7 values, one code spare. A learned format stands for a book that
+each weight gets of its own (`algorithms/books.py`); until then its values are those of nf, from which learning starts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from itertools import pairwise
 from afpq.errors import AfpqError
 
 BITS = (2, 3, 4, 8)  # what packing.py can store
+TEXT_BYTES = len("-0.502:")  # of a value of a learned book in config.json
+_CUSTOM = "lut:"
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class Format:
     """A code book: code i stands for `values[i]`; values strictly ascend and lie on both sides of zero.
 
     `integer` marks evenly spaced books, whose asymmetric form is a scale and a zero point instead of two scales.
-    `name` is the text form and parses back to an equal format (`parse_format`).
+    `learned`: every weight is to get a book of its own in this one's place. `name` is the text form and parses back to
+    an equal format (`parse_format`).
     """
 
     name: str
     values: tuple[float, ...]
     integer: bool = False
+    learned: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -52,6 +57,16 @@ class Format:
     @property
     def has_zero(self) -> bool:
         return 0.0 in self.values
+
+    @property
+    def start(self) -> Format:
+        """Of a learned format the one that learning starts from; any other itself."""
+        return FORMATS[f"nf{self.bits}"] if self.learned else self
+
+    @property
+    def book_bytes(self) -> int:
+        """What saving the book itself takes: nothing where its name says it, else the text of each value."""
+        return len(self.values) * TEXT_BYTES if self.learned or self.name.startswith(_CUSTOM) else 0
 
     def __str__(self) -> str:
         return self.name
@@ -86,10 +101,9 @@ FORMATS = {
         _mirrored("fp4", (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
         _mirrored("fp3", (1.0, 2.0, 4.0)),
         *(_integer(bits) for bits in BITS),
+        *(Format(f"learned{bits}", values, learned=True) for bits, values in ((2, _NF2), (3, _NF3), (4, _NF4))),
     )
 }
-
-_CUSTOM = "lut:"
 
 
 def custom_format(values: tuple[float, ...] | list[float]) -> Format:

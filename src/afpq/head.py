@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from afpq.algorithms import with_book
 from afpq.blocks import Block
 from afpq.calibrate import Activations, BlockCall, Moments, batch_size, input_of
 from afpq.groups import QuantizedWeight, with_grid
@@ -90,10 +91,13 @@ def solve_in_parts(
 ) -> tuple[dict[str, Tensor], LayerLog]:
     """A weight of any height [out, in] by `solver`, some rows at a time: (the tensors to save, on the CPU; its log).
 
-    Given the inputs' moments, rows do not depend on each other; only the grid of the scales is the whole weight's.
+    Given the inputs' moments, rows do not depend on each other; only the grid of the scales and a learned book are the whole weight's.
     Errors of parts are averaged by the squares of the outputs (of the weights) they are relative to.
     """
-    target = dataclasses.replace(target, scheme=with_grid(W, target.scheme))
+    diagonal = moments.H.diagonal().to(W.device)
+    importance = diagonal if bool(diagonal.isfinite().all()) and bool(diagonal.max() > 0) else None
+    scheme = with_grid(W, with_book(W, target.scheme, recipe.search, importance))
+    target = dataclasses.replace(target, scheme=scheme)
     height = max(8, PART // W.shape[1] // 8 * 8)  # whole bytes of zero points
     tensors: dict[str, list[Tensor]] = {}
     logs: list[LayerLog] = []

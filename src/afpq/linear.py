@@ -30,6 +30,7 @@ class PackedModule(nn.Module):
     """
 
     qweight: Tensor
+    scheme: Scheme
 
     def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None = None) -> None:
         super().__init__()

@@ -102,6 +102,11 @@ def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spe
     return tensors
 
 
+def stored_bytes(scheme: Scheme, out_features: int, in_features: int) -> int:
+    """Bytes of all that is saved for a weight: its tensors, and its code book where that is written out."""
+    return sum(map(spec_bytes, layout(scheme, out_features, in_features).values())) + scheme.format.book_bytes
+
+
 def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that are saved, named and shaped as `layout` says."""
     scales, bits, grid = weight.scales, weight.scheme.format.bits, weight.scheme.grid

@@ -91,7 +91,7 @@ def _solve_target(weight: Tensor, target: Target, recipe: Recipe) -> tuple[dict[
     bits = 8 * target.bytes / target.elements
     seconds = round(time.perf_counter() - start, 4)
     note = "rounded to nearest, as are all outside of the blocks" if recipe.method != "rtn" else None
-    log = LayerLog(target.module, str(target.scheme), "rtn", error, bits, seconds, note=note)
+    log = LayerLog(target.module, str(solved.scheme), "rtn", error, bits, seconds, note=note)
     return to_tensors(solved), log
 
 

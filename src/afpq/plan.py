@@ -7,13 +7,14 @@ the files out beforehand, and sizes can be told without a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from afpq.ends import NO_ENDS, Ends
-from afpq.packing import Spec, layout, spec_bytes
-from afpq.scheme import Recipe, Scheme
+from afpq.packing import Spec, layout, spec_bytes, stored_bytes
+from afpq.scheme import Recipe, Scheme, exactly
 from afpq.source import Checkpoint, Stored
 
 OUTSIDE = "outside the blocks"
@@ -45,8 +46,8 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its output tensors."""
-        return sum(map(spec_bytes, layout(self.scheme, *self.shape).values()))
+        """Bytes of all its output tensors, and of a book of its own."""
+        return stored_bytes(self.scheme, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,20 @@ class Plan:
     @property
     def file_bits_per_weight(self) -> float:
         """Bits of everything that is saved, over the weights of the original."""
-        return 8 * self.output_bytes / sum(info.elements for info in self.checkpoint.tensors.values())
+        books = sum(target.scheme.format.book_bytes for target in self.targets)
+        return 8 * (self.output_bytes + books) / sum(info.elements for info in self.checkpoint.tensors.values())
+
+    def with_schemes(self, schemes: Mapping[str, Scheme]) -> Plan:
+        """The plan that has these schemes, by module, in place of its own; tensors stay as they were planned."""
+
+        def changed(part: Target | Piece) -> Target | Piece:
+            return replace(part, scheme=schemes.get(part.module, part.scheme)) if isinstance(part, Target) else part
+
+        units = tuple(
+            replace(unit, replaced={name: tuple(map(changed, parts)) for name, parts in unit.replaced.items()})
+            for unit in self.units
+        )
+        return replace(self, units=units, recipe=settled_recipe(self.recipe, self.ends, schemes))
 
     @property
     def coverage(self) -> float:
@@ -167,3 +181,11 @@ class Plan:
             for name, (_, shape) in self.unit_outputs(unit).items()
             if len(shape) > 1 and name not in parts
         }
+
+
+def settled_recipe(recipe: Recipe, ends: Ends, schemes: Mapping[str, Scheme]) -> Recipe:
+    """The recipe that gives each of these modules its scheme: linears by name, before all patterns, and the ends."""
+    table = schemes.get(ends.embedding or "", recipe.embedding)
+    head = table if ends.tied else schemes.get(ends.head or "", recipe.lm_head)
+    inside = tuple((exactly(n), scheme) for n, scheme in schemes.items() if n not in (ends.embedding, ends.head))
+    return replace(recipe, overrides=(*inside, *recipe.overrides), lm_head=head, embedding=table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from afpq.errors import AfpqError
 from afpq.formats import BITS, FORMATS, Format, parse_format
@@ -131,7 +132,7 @@ class Recipe:
     embedding of tokens where `lm_head` and `embedding` name schemes for them; tied ones are one weight of one scheme.
 
     Patterns are regular expressions searched in module names, such as `model.layers.0.self_attn.q_proj`; the first
-    override that matches wins. Raises AfpqError for an unknown method or search, or a pattern that does not compile.
+    override that matches wins. There may be one for each of thousands of linears (`exactly`): these are looked up. Raises AfpqError for an unknown method or search, or a pattern that does not compile.
     """
 
     scheme: Scheme
@@ -148,7 +149,7 @@ class Recipe:
             raise AfpqError(f"method {self.method!r}; known: {', '.join(METHODS)}")
         if self.search not in SCALE_SEARCHES:
             raise AfpqError(f"scale search {self.scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
-        for pattern in (*self.skip, *(p for p, _ in self.overrides)):
+        for pattern in (*self.skip, *(p for p, _ in self.overrides if name_of(p) is None)):
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
@@ -163,7 +164,33 @@ class Recipe:
         """The scheme of the linear called `name`; None if it is skipped."""
         if any(re.search(pattern, name) for pattern in self.skip):
             return None
-        return next((s for pattern, s in self.overrides if re.search(pattern, name)), self.scheme)
+        place, scheme = self._by_name.get(name, (len(self.overrides), self.scheme))
+        return next((s for i, pattern, s in self._by_pattern if i < place and re.search(pattern, name)), scheme)
+
+    @cached_property
+    def _by_name(self) -> dict[str, tuple[int, Scheme]]:
+        """Overrides that mean one name: the first for each, with its place among all."""
+        found = reversed([(name_of(pattern), (i, scheme)) for i, (pattern, scheme) in enumerate(self.overrides)])
+        return {name: value for name, value in found if name is not None}
+
+    @cached_property
+    def _by_pattern(self) -> list[tuple[int, str, Scheme]]:
+        """The other overrides, with their places."""
+        return [(i, p, scheme) for i, (p, scheme) in enumerate(self.overrides) if name_of(p) is None]
+
+
+_EXACT = re.compile(r"\^((?:[\w-]|\\\.)+)\$")
+
+
+def exactly(name: str) -> str:
+    """The pattern that only this module's name matches."""
+    return "^" + name.replace(".", "\\.") + "$"
+
+
+def name_of(pattern: str) -> str | None:
+    """The one name that a pattern matches, if it is written as `exactly` does."""
+    match = _EXACT.fullmatch(pattern)
+    return None if match is None else match[1].replace("\\.", ".")
 
 
 def scheme_of_end(choice: str | Scheme | bool | None, scheme: Scheme) -> Scheme | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, search_clips, toward_float_outputs
 from afpq.calibrate import Moments
 from afpq.errors import AfpqError
-from afpq.groups import QuantizedWeight, encode, with_grid
+from afpq.groups import QuantizedWeight, encode
 from afpq.pipeline import LayerLog, relative_error
 from afpq.plan import Target
 from afpq.scheme import METHODS, Recipe
@@ -38,7 +38,7 @@ def solve_layer(W: Tensor, moments: Moments | None, target: Target, recipe: Reci
                 note = f"{error}; rounded to nearest"
     log = LayerLog(
         module=target.module,
-        scheme=str(target.scheme),
+        scheme=str(solved.scheme),
         method=recipe.method if note is None else "rtn",
         weight_error=relative_error(W, solved),
         bits_per_weight=8 * target.bytes / target.elements,
@@ -70,7 +70,7 @@ def _solve_on_moments(
             wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
         solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
     elif recipe.search == "mse":
-        scheme = with_grid(W, target.scheme)
+        scheme = nearest.scheme
         scales = search_clips(W, H, scheme)
         solved = QuantizedWeight(encode(W, scales, scheme), scales, scheme)
     else:

@@ -13,7 +13,7 @@ from afpq.ends import saved_ends
 from afpq.errors import AfpqError
 from afpq.experts import find_experts
 from afpq.names import Located
-from afpq.packing import layout, spec_bytes
+from afpq.packing import layout, stored_bytes
 from afpq.scheme import Scheme
 from afpq.skeleton import build_skeleton
 from afpq.source import Checkpoint
@@ -41,8 +41,8 @@ class StoredLayer:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of one weight: codes, scales and zero points."""
-        return 8 * sum(map(spec_bytes, layout(self.scheme, *self.shape).values())) / self.elements
+        """True bits of one weight: codes, scales and zero points, and its code book where that is written out."""
+        return 8 * stored_bytes(self.scheme, *self.shape) / self.elements
 
 
 def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[StoredLayer]:
@@ -70,6 +70,8 @@ def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> li
         scheme = chosen.get(name) or (recipe.scheme_for(name) if isinstance(module, nn.Linear) else None)
         if scheme is None or is_kept(name, kept):
             continue
+        if scheme.format.learned:
+            raise AfpqError(f"{checkpoint.directory}: config.json has no code book for {name}; it is incomplete")
         rows, columns = module.get_parameter("weight").shape
         tensors = {
             part: located.require(f"{name}.{part}", *spec) for part, spec in layout(scheme, rows, columns).items()

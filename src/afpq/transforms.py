@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ def _search(
 
     def quantize(index: int, weight: Tensor) -> Tensor:
         scheme = schemes.get(fold.linears[index])
-        return weight if scheme is None else quantize_rtn(weight, scheme).dequantize()
+        if scheme is None:
+            return weight
+        # A book learned for every candidate would take longer than the rest of the search.
+        return quantize_rtn(weight, replace(scheme, format=scheme.format.start)).dequantize()
 
     best = search_channel_scales(originals, shared_mean(block, fold, magnitude), loss, quantize)
     return (best.after / best.before if best.before else 1.0), best.scales

@@ -2,6 +2,7 @@
 """Solvers: (weight [out, in], statistics, scheme) -> QuantizedWeight. Tensors in, tensors out, never a module."""
 
 from afpq.algorithms.awq import search_channel_scales, search_clips
+from afpq.algorithms.books import with_book
 from afpq.algorithms.correction import toward_float_outputs
 from afpq.algorithms.gptq import SingularHessian, quantize_gptq
 from afpq.algorithms.rtn import quantize_rtn
@@ -13,4 +14,5 @@ __all__ = [
     "search_channel_scales",
     "search_clips",
     "toward_float_outputs",
+    "with_book",
 ]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from afpq.algorithms.books import with_book
 from afpq.algorithms.descent import descend
 from afpq.errors import AfpqError
 from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups, fit_scales, with_grid
@@ -77,12 +78,12 @@ def quantize_gptq(
     """
     options = options or GptqOptions()
     W = W.float()
-    scheme = with_grid(W, scheme)
+    importance = H.diagonal().float().clamp(min=0)
     span = scheme.span(W.shape[1])
     groups = [slice(first, min(first + span, W.shape[1])) for first in range(0, W.shape[1], span)]
-    importance = H.diagonal().float().clamp(min=0)
     order, turns = _order(importance, groups, options.order)
     factor = factorize(H, options.damp, order)
+    scheme = with_grid(W, with_book(W, scheme, scale_search, importance))
     run = _Run(W[:, order].T.contiguous(), factor.U, importance[order], scheme, scale_search)
     if options.order == "act":
         run.fix_scales(_fit(W, importance, scheme, scale_search))

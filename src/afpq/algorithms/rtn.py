@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afpq.algorithms.books import with_book
 from afpq.errors import AfpqError
 from afpq.groups import GroupScales, QuantizedWeight, encode, fit_scales, with_grid
 from afpq.scheme import SCALE_SEARCHES, Scheme
@@ -19,14 +20,14 @@ def quantize_rtn(
 ) -> QuantizedWeight:
     """Any float [out, in] -> QuantizedWeight, on the weight's device.
 
-    `importance` [in] weighs the columns of the "mse" search. Raises AfpqError for NaN, Inf, or an empty or
+    `importance` [in] weighs the columns of the "mse" search, and of what a book is learned from. Raises AfpqError for NaN, Inf, or an empty or
     non-matrix weight.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise AfpqError(f"expected a matrix with at least one weight, got shape {tuple(weight.shape)}")
     if scale_search not in SCALE_SEARCHES:
         raise AfpqError(f"scale search {scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
-    scheme = with_grid(weight, scheme)
+    scheme = with_grid(weight, with_book(weight, scheme, scale_search, importance))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found: list[GroupScales] = []
     for first in range(0, len(weight), max(1, CHUNK // weight.shape[1])):

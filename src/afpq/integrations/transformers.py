@@ -13,6 +13,7 @@ as uninitialized memory, with a warning at most.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from afpq.linear import AfpqLinear, PackedModule
 from afpq.names import Located, Merge
 from afpq.packing import to_tensors
 from afpq.pipeline import solve
+from afpq.plan import settled_recipe
 from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Recipe, Scheme
 from afpq.source import TensorInfo, tensor_headers
 from afpq.swap import (
@@ -146,6 +148,9 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         swap_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
+        self.settled, self.ends, self.learned = recipe, ends, _learned(model)
+        if self.pre_quantized and self.learned:
+            raise AfpqError(f"quantization_config: no code book for {self.learned[0]}; config.json is incomplete")
         spare_initialization(model)
         if find_experts(model):
             self.merges = located.names.merges
@@ -176,10 +181,20 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.check_scales(name)
                 module.settle() if isinstance(module, AfpqEmbedding) else module.prepare()
         if not self.pre_quantized:
+            if self.learned:
+                self._note_books(model)
             warn_of_left(model, self.blocks)
         if self.quantization_config.dequantize:  # Transformers has dropped the config by now; the weights are packed
             return self._dequantize(model, model.dtype)
         return model
+
+    def _note_books(self, model: PreTrainedModel) -> None:
+        """Say in the config which book each layer has learned: it is saved there."""
+        schemes = {name: model.get_submodule(name).scheme for name in self.learned}
+        recipe, config = settled_recipe(self.settled, self.ends, schemes), self.quantization_config
+        skips = {key: value for key, value in config.dynamic.items() if key.startswith("-:")}
+        config.dynamic = skips | config_to_json(recipe, ())["dynamic"]
+        config.__dict__.update(ends_to_json(recipe))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
@@ -232,7 +247,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
                 if kind == "bias":
                     tensors[f"{layer_name}.bias"] = part.contiguous()
                     continue
-                packed = to_tensors(self._solve(f"{layer_name}.weight", part, layer.scheme))
+                solved = self._solve(f"{layer_name}.weight", part, layer.scheme)
+                layer.scheme = replace(layer.scheme, format=solved.scheme.format)  # a book may have been learned
+                packed = to_tensors(solved)
                 tensors |= {f"{layer_name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
             del module._parameters[leaf]
             if missing_keys is not None:
@@ -246,6 +263,12 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             # Transformers would swallow it; raised once all is loaded, so what stands here meanwhile is never used.
             self.quantizer.failures.append(error)
             return solve(name, torch.zeros_like(weight), scheme, Recipe(scheme))
+
+
+def _learned(model: nn.Module) -> list[str]:
+    """The packed modules whose books are still to be learned."""
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
+    return [name for name, module in packed if module.scheme.format.learned]
 
 
 def _parts(module: nn.Module, name: str, leaf: str, weight: Tensor) -> Iterator[tuple[str, Tensor, str]]:
