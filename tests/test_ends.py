@@ -32,6 +32,7 @@ WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "max_position_embed
 def llama(tied: bool) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=tied, initializer_range=0.1))
 
 

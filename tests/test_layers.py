@@ -14,7 +14,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 # Every module of the package, in reading order: each imports only modules further up.
 ORDER = [
     "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
-    "algorithms.books", "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
+    "algorithms.books", "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq",
+    "algorithms.correction", "algorithms",
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "coverage", "blocks", "ends", "embedding", "source", "experts", "names", "unfuse", "folds",
     "calibrate", "routing", "cards", "config", "data", "skeleton", "plan", "decide", "pipeline", "transforms", "solve",

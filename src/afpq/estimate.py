@@ -6,11 +6,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from afpq.algorithms import quantize_rtn
+from afpq.algorithms import quantize_rtn, with_book
 from afpq.calibrate import BATCH_TOKENS
 from afpq.head import PART
 from afpq.plan import OUTSIDE, Plan, Target
@@ -34,9 +34,9 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     """`windows` is (count, length) of the calibration, None for methods that need none."""
     infos = plan.checkpoint.tensors
     largest = max(info.bytes for info in infos.values())
-    solve = sum(t.elements for t in plan.targets) / _rate(
-        lambda: quantize_rtn(_WEIGHT, plan.recipe.scheme, plan.recipe.search)
-    )
+    scheme = replace(plan.recipe.scheme, format=plan.recipe.scheme.format.start)
+    solve = sum(t.elements for t in plan.targets) / _rate(lambda: quantize_rtn(_WEIGHT, scheme, plan.recipe.search))
+    solve += _learning(plan)
     if windows is None:
         return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
     method, gptq = METHODS[plan.recipe.method], plan.recipe.gptq
@@ -53,7 +53,7 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     flops = _calibration_flops(plan, windows[0] * windows[1], beside)
     if method.transform == "awq":
         flops += _awq_flops(plan, windows[0] * windows[1])
-        rounding = _rate(lambda: quantize_rtn(_WEIGHT, plan.recipe.scheme))
+        rounding = _rate(lambda: quantize_rtn(_WEIGHT, scheme))
         solve += AWQ_GRID * sum(t.elements for t in plan.targets) / rounding
     return Estimate(memory, states * (4 if beside else 2), solve + flops / _flops())
 
@@ -94,6 +94,15 @@ def _inputs(targets: list[Target]) -> list[int]:
 
 
 _WEIGHT = torch.linspace(-1, 1, 256 * 1024).view(256, 1024)
+
+
+def _learning(plan: Plan) -> float:
+    """Seconds that learning code books takes: by GPTQ twice a layer, for rounding to nearest is compared with."""
+    learned = [t.scheme for t in plan.targets if t.scheme.format.learned]
+    if not learned:
+        return 0.0
+    count = len(learned) * (2 if METHODS[plan.recipe.method].solver == "gptq" else 1)
+    return count * _WEIGHT.numel() / _rate(lambda: with_book(_WEIGHT, learned[0], plan.recipe.search))
 
 
 def _rate(work: Callable[[], object]) -> float:

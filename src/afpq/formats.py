@@ -101,9 +101,9 @@ FORMATS = {
         _mirrored("fp4", (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
         _mirrored("fp3", (1.0, 2.0, 4.0)),
         *(_integer(bits) for bits in BITS),
-        *(Format(f"learned{bits}", values, learned=True) for bits, values in ((2, _NF2), (3, _NF3), (4, _NF4))),
     )
 }
+LEARNED = {f"learned{b}": Format(f"learned{b}", v, learned=True) for b, v in ((2, _NF2), (3, _NF3), (4, _NF4))}
 
 
 def custom_format(values: tuple[float, ...] | list[float]) -> Format:
@@ -116,12 +116,13 @@ def custom_format(values: tuple[float, ...] | list[float]) -> Format:
 
 
 def parse_format(name: str) -> Format:
-    """`nf4`, `fp3`, ... or `lut:-1:-0.3:0:0.4:1` -> Format. Raises AfpqError that lists the known names."""
-    if name in FORMATS:
-        return FORMATS[name]
+    """`nf4`, `learned3`, ... or `lut:-1:-0.3:0:0.4:1` -> Format. Raises AfpqError that lists the known names."""
+    known = FORMATS | LEARNED
+    if name in known:
+        return known[name]
     if name.startswith(_CUSTOM):
         try:
             return custom_format([float(text) for text in name.removeprefix(_CUSTOM).split(":")])
         except ValueError:
             raise AfpqError(f"format {name!r}: values must be numbers separated by ':'") from None
-    raise AfpqError(f"unknown format {name!r}; known: {', '.join(FORMATS)}, or {_CUSTOM}VALUE:VALUE:...")
+    raise AfpqError(f"unknown format {name!r}; known: {', '.join(known)}, or {_CUSTOM}VALUE:VALUE:...")

@@ -91,7 +91,8 @@ def solve_in_parts(
 ) -> tuple[dict[str, Tensor], LayerLog]:
     """A weight of any height [out, in] by `solver`, some rows at a time: (the tensors to save, on the CPU; its log).
 
-    Given the inputs' moments, rows do not depend on each other; only the grid of the scales and a learned book are the whole weight's.
+    Given the inputs' moments, rows do not depend on each other; only the grid of the scales and a learned book are the
+    whole weight's.
     Errors of parts are averaged by the squares of the outputs (of the weights) they are relative to.
     """
     diagonal = moments.H.diagonal().to(W.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from afpq.coverage import kinds_left
 from afpq.source import open_checkpoint
 from afpq.stored import stored_layers
+
+_BOOK = re.compile(r"^lut:.*(?=-a?sym-g)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def schemes(self) -> list[str]:
+        """The schemes of the blocks, sorted; where there are many code books, their number instead of all values."""
+        kinds: dict[str, list[str]] = {}
+        for scheme in {layer.scheme for layer in self.layers if layer.name not in self.ends}:
+            kinds.setdefault(_BOOK.sub("lut", scheme), []).append(scheme)
+        return sorted(f"{kind} ({len(s)} code books)" if len(s) > 1 else s[0] for kind, s in kinds.items())
 
 
 def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:

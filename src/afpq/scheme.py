@@ -132,7 +132,8 @@ class Recipe:
     embedding of tokens where `lm_head` and `embedding` name schemes for them; tied ones are one weight of one scheme.
 
     Patterns are regular expressions searched in module names, such as `model.layers.0.self_attn.q_proj`; the first
-    override that matches wins. There may be one for each of thousands of linears (`exactly`): these are looked up. Raises AfpqError for an unknown method or search, or a pattern that does not compile.
+    override that matches wins. Those of a single name (`exactly`) may be thousands: they are looked up. Raises
+    AfpqError for an unknown method or search, or a pattern that does not compile.
     """
 
     scheme: Scheme

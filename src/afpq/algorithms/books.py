@@ -101,7 +101,7 @@ def _learn(x: Tensor, h: Tensor, scheme: Scheme, scale_search: str, rounds: int)
 
 
 def learn_values(
-    x: Tensor, h: Tensor, weight: QuantizedWeight, fixed_scales: bool = False, steps: int = STEPS
+    x: Tensor, h: Tensor, weight: QuantizedWeight, fixed_scales: bool = False, steps: int | None = None
 ) -> Format | None:
     """A better book for x float32 [rows, in], h [in], than that of `weight`, which is x quantized; None if none is.
 
@@ -110,7 +110,7 @@ def learn_values(
     scheme, scales = weight.scheme, weight.scales
     book, codes = scheme.format, weight.codes
     span = scheme.span(x.shape[1])
-    for _ in range(steps):
+    for _ in range(STEPS if steps is None else steps):
         old, values = book.values, _means(x, h, codes, scales, book, span, fixed_scales)
         try:
             book = Format("learning", tuple(values))

@@ -20,8 +20,8 @@ def quantize_rtn(
 ) -> QuantizedWeight:
     """Any float [out, in] -> QuantizedWeight, on the weight's device.
 
-    `importance` [in] weighs the columns of the "mse" search, and of what a book is learned from. Raises AfpqError for NaN, Inf, or an empty or
-    non-matrix weight.
+    `importance` [in] weighs the columns in the "mse" search and in learning a book. Raises AfpqError for NaN, Inf, or
+    an empty or non-matrix weight.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise AfpqError(f"expected a matrix with at least one weight, got shape {tuple(weight.shape)}")

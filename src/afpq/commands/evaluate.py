@@ -138,8 +138,7 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
     if keys is None:
         console.print("scheme          not quantized")
     else:
-        schemes = sorted({layer.scheme for layer in result.layers if layer.name not in result.ends})
-        console.print(f"scheme          {', '.join(schemes)} by {keys.get('method')}")
+        console.print(f"scheme          {', '.join(result.schemes())} by {keys.get('method')}")
     console.print(f"bits per weight {result.bits_per_weight:.4f}")
     for end in (layer for layer in result.layers if layer.name in result.ends):
         console.print(f"outside         {end.name} {end.scheme}, {end.bits_per_weight:.4f} bits per weight")

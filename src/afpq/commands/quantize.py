@@ -69,7 +69,7 @@ def demo(
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The directory to create.")],
-    format: Annotated[str, typer.Option(help="nf2-4, fp3-4, int2-4, int8, or lut:VALUE:VALUE:...")] = "nf4",
+    format: Annotated[str, typer.Option(help="nf2-4, learned2-4, fp3-4, int2-4, int8, or lut:VALUE:...")] = "nf4",
     group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = DEFAULT_GROUP_SIZE,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
     scale_dtype: Annotated[str, typer.Option(help="log8 (a byte a scale), float16 or float32.")] = DEFAULT_SCALE_DTYPE,

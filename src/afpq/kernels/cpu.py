@@ -22,7 +22,7 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import reference
-from afpq.kernels.packed import Packed
+from afpq.kernels.packed import BOOKS, Packed
 from afpq.packing import packed_size
 
 LIBRARY = Path(__file__).with_name("libafpq_cpu.so")
@@ -135,7 +135,7 @@ def set_compute(mode: str) -> str:
 # ---- calls
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=BOOKS)
 def _book(values: tuple[float, ...], bits: int) -> Any:
     """The code book as C floats, with zeros for codes that do not occur."""
     return (ctypes.c_float * 2**bits)(*values)

@@ -15,6 +15,8 @@ from afpq.errors import AfpqError
 from afpq.formats import BITS
 from afpq.packing import packed_size
 
+BOOKS = 2**15  # code books whose checks and tables are remembered: a learned one for each layer, or each expert's
+
 
 class Packed(NamedTuple):
     """A packed weight as the ops' schema lists it; tensors as `packing.layout` describes them.
@@ -81,7 +83,7 @@ class Packed(NamedTuple):
         return x.shape[-1]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=BOOKS)
 def _counts(values: tuple[float, ...]) -> bool:
     """Whether a code book is of consecutive integers. Raises AfpqError for NaN or Inf in it."""
     if not all(map(math.isfinite, values)):
