@@ -108,7 +108,7 @@ def test_in_memory_and_while_loading_it_is_the_same(tiny_model_dir: Path, tmp_pa
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_the_ends_have_books_too(make_model: ModelMaker, tmp_path: Path, tied: bool, method: str) -> None:
     source = make_model(tmp_path / "model", tie_word_embeddings=tied)
-    ends = {"lm_head": True, "embedding": True if tied else "learned4-sym-g16"}
+    ends: dict[str, Any] = {"lm_head": True, "embedding": True if tied else "learned4-sym-g16"}
     quantize(source, tmp_path / "out", method=method, **ends)
     keys = keys_of(tmp_path / "out")
     assert keys["embedding"]["format"].startswith("lut:") and keys["lm_head"]["format"].startswith("lut:")
@@ -117,7 +117,7 @@ def test_the_ends_have_books_too(make_model: ModelMaker, tmp_path: Path, tied: b
     assert str(model.lm_head.scheme.format) == keys["lm_head"]["format"]
     assert (model.lm_head.scheme == model.model.embed_tokens.scheme) == tied
     if method == "rtn":
-        config = AfpqConfig(format="learned3", group_size=32, **ends)  # type: ignore[arg-type]
+        config = AfpqConfig(format="learned3", group_size=32, **ends)
         on_load = load(source, quantization_config=config)
         assert torch.equal(logits(on_load), logits(model))
         on_load.save_pretrained(tmp_path / "saved")

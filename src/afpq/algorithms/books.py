@@ -26,9 +26,9 @@ from afpq.groups import GroupScales, QuantizedWeight, encode, fit_scales, parts,
 from afpq.scheme import Scheme
 from afpq.search import search_scales
 
-SAMPLE = 2**17  # weights that teach a book; all of a smaller weight
+SAMPLE = 2**16  # weights that teach a book; all of a smaller weight
 LEAST_ROWS = 16
-TRIAL, ROUNDS = 2, 8  # rounds of searched scales: from either start, and from there on of the better one
+TRIAL, ROUNDS = 2, 10  # rounds of searched scales: from either start, and from there on of the better one
 STEPS = 20  # of values, codes and scales in a round, at most
 DECIMALS = 3  # of the values: far finer than their distances
 
@@ -89,14 +89,12 @@ def _learn(x: Tensor, h: Tensor, scheme: Scheme, scale_search: str, rounds: int)
     best, least = scheme, error_of(weight, x, h)
     for _ in range(rounds):
         book = learn_values(x, h, weight, fixed_scales=scale_search == "absmax")
-        if book is None or book == best.format:
+        if book is None or book == weight.scheme.format:
             break
-        scheme = replace(best, format=book)
-        weight = _fit(x, h, scheme, scale_search)
+        weight = _fit(x, h, replace(scheme, format=book), scale_search)
         error = error_of(weight, x, h)
-        if not error < least:
-            break
-        best, least = scheme, error
+        if error < least:
+            best, least = weight.scheme, error
     return best, least
 
 

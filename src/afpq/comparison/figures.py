@@ -183,8 +183,9 @@ def _code_chart(result: Result) -> tuple[str, str]:
     scheme = result.cell.ours
     assert scheme is not None  # only our own cells count codes
     values, total = scheme.format.values, sum(result.codes) or 1
-    tips = [f"code {i}, value {v:.3g}: {100 * n / total:.1f} %" for i, (v, n) in enumerate(zip(values, result.codes))]
-    zero = next((i for i, v in enumerate(values) if v == 0), None)
+    names = [f"code {i}" if scheme.format.learned else f"code {i}, value {v:.3g}" for i, v in enumerate(values)]
+    tips = [f"{name}: {100 * n / total:.1f} %" for name, n in zip(names, result.codes)]
+    zero = next((i for i, v in enumerate(values) if v == 0 and not scheme.format.learned), None)
     ticks = [(0.5, f"{values[0]:.3g}"), (len(values) - 0.5, f"{values[-1]:.3g}")]
     if zero is not None and not scheme.zero_point:
         ticks.append((zero + 0.5, "0"))
