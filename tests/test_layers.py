@@ -14,13 +14,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 # Every module of the package, in reading order: each imports only modules further up.
 ORDER = [
     "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
-    "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction", "algorithms",
+    "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq", "algorithms.correction",
+    "algorithms.knapsack", "algorithms",
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "coverage", "blocks", "ends", "embedding", "source", "experts", "names", "unfuse", "folds",
     "calibrate", "routing", "cards", "config", "data", "skeleton", "plan", "decide", "pipeline", "transforms", "solve",
-    "head", "calibrated", "convert", "swap", "unpack_model",
-    "checkpoint", "lock", "workdir", "integrations", "integrations.hub", "integrations.transformers", "memory",
-    "loading", "selftest", "stored", "integrations.peft", "integrations.lm_eval",
+    "head", "calibrated", "sensitivity", "convert", "swap", "unpack_model",
+    "checkpoint", "budget", "lock", "workdir", "integrations", "integrations.hub", "integrations.transformers",
+    "memory", "loading", "selftest", "stored", "integrations.peft", "integrations.lm_eval",
     "evaluate", "measure", "report", "card", "api", "info", "inspect_model", "estimate", "demo",
     "provenance", "rewrite", "export_model", "bnb", "import_checkpoint",
     "__init__", "console",
