@@ -40,7 +40,11 @@ def run(arguments: argparse.Namespace, scheme: str, method: str, text: Any, refe
         options["bits_per_weight"] = float(scheme.removeprefix(BUDGET))
         options["sensitivities"] = arguments.out.with_suffix(f".{method_name}.sensitivities.json")
     settings = afpq.CalibrationSettings(arguments.samples, arguments.seq_len)
-    calibration = None if method_name == "rtn" and not scheme.startswith(BUDGET) else arguments.calibration_text.read_text("utf-8")
+    calibration = (
+        None
+        if method_name == "rtn" and not scheme.startswith(BUDGET)
+        else arguments.calibration_text.read_text("utf-8")
+    )
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         plan = afpq.quantize(

@@ -22,9 +22,10 @@ from afpq.algorithms.knapsack import choose_options
 from afpq.blocks import find_blocks
 from afpq.checkpoint import checkpoint_digest, digest_value, write_json
 from afpq.errors import AfpqError
+from afpq.gradients import Progress
 from afpq.plan import Plan, Target
 from afpq.scheme import Recipe, Scheme, parse_scheme
-from afpq.sensitivity import GroupLosses, Measuring, Progress, kind_of_layer, measure_losses
+from afpq.sensitivity import GroupLosses, Measuring, kind_of_layer, measure_losses
 from afpq.source import read_json
 from afpq.version import __version__
 
