@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from afpq.budget import Budget, Choice, make_budget, settle_budget, with_choice
+from afpq.budget import SENSITIVITIES, Budget, Choice, make_budget, settle_budget, with_choice
 from afpq.calibrated import Calibration, run_calibrated
 from afpq.card import Card, write_card
 from afpq.checkpoint import ShardWriter, checkpoint_digest, digest, digest_value, write_json
@@ -36,7 +36,7 @@ from afpq.source import open_checkpoint
 from afpq.version import __version__
 from afpq.workdir import WorkDirectory, refuse_existing, work_directory
 
-LOG_NAME, SENSITIVITIES = "afpq_log.jsonl", "afpq_sensitivities.json"
+LOG_NAME = "afpq_log.jsonl"
 
 Progress = Callable[[str, int, int], None]  # (unit just finished, weights done, weights in all)
 
@@ -296,7 +296,7 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
     model = job.name or str(plan.checkpoint.directory)
-    write_card(work.path, Card(model, plan, notes, _calibration(job), measured, tested))
+    write_card(work.path, Card(model, plan, notes, _calibration(job), measured, tested, job.choice))
     write_json(work.path / "config.json", config)
     rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
     return Outcome(measured, tested, rounded)
@@ -326,6 +326,9 @@ def _config(job: Job) -> dict[str, Any]:
             "seed": job.settings.seed,
             "sha256": hashlib.sha256(job.windows.numpy().tobytes()).hexdigest(),
         }
+    if job.choice is not None:
+        budget = job.choice.budget
+        keys["budget"] = {"bits_per_weight": budget.bits_per_weight, "candidates": list(map(str, budget.candidates))}
     keys["made_by"] = f"afpq {__version__}"
     return {**job.plan.checkpoint.config, "quantization_config": keys}
 

@@ -29,6 +29,8 @@ from afpq.sensitivity import GroupLosses, Measuring, kind_of_layer, measure_loss
 from afpq.source import read_json
 from afpq.version import __version__
 
+SENSITIVITIES = "afpq_sensitivities.json"  # in a result whose schemes were chosen: what was measured, what was chosen
+
 # From 2.25 to 4.5 true bits in small steps. Not 8 bits: no kernel is fast there.
 CANDIDATES = (
     "nf2-asym-g64-log8", "nf2-asym-g32-log8",
@@ -82,7 +84,7 @@ class Choice:
         return {layer: scheme for group, scheme in zip(self.groups, self.schemes) for layer in group.layers}
 
     def to_json(self) -> dict[str, Any]:
-        """What is kept in a file; `stored_losses` reads it."""
+        """What is kept beside a result; `stored_losses` reads it."""
         return {
             **_losses_json(self.budget.candidates, self.groups, self.key),
             "bits_per_weight": self.budget.bits_per_weight,
@@ -137,6 +139,59 @@ def choose_schemes(plan: Plan, budget: Budget, groups: Sequence[GroupLosses], ke
 
 def _bytes(target: Target, scheme: Scheme) -> int:
     return replace(target, scheme=scheme).bytes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one scheme was chosen for: how many layers, bytes and weights of the model, and layers by kind."""
+
+    scheme: Scheme
+    layers: int
+    bytes: int
+    elements: int
+    kinds: dict[str, int]
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.bytes / self.elements
+
+
+def shares(choice: Choice, plan: Plan) -> list[Share]:
+    """By scheme, from few bits to many. `plan` is the one made with the choice."""
+    layers = choice.layers()
+    members: dict[Scheme, list[Target]] = {}
+    for target in plan.block_targets:
+        if target.module in layers:
+            members.setdefault(target.scheme, []).append(target)
+    found = [
+        Share(
+            scheme,
+            len(targets),
+            sum(t.bytes for t in targets),
+            sum(t.elements for t in targets),
+            dict(Counter(t.module.rpartition(".")[2] for t in targets)),
+        )
+        for scheme, targets in members.items()
+    ]
+    return sorted(found, key=lambda share: share.bits)
+
+
+SHARES = ("scheme", "true bits", "layers", "weights", "which")
+
+
+def share_cells(choice: Choice, plan: Plan) -> list[tuple[str, ...]]:
+    """The choice as a table, under SHARES."""
+    total = sum(target.elements for target in plan.block_targets)
+    return [
+        (
+            str(share.scheme),
+            f"{share.bits:.3f}",
+            str(share.layers),
+            f"{100 * share.elements / total:.1f} %",
+            ", ".join(f"{kind} {count}" for kind, count in share.kinds.items()),
+        )
+        for share in shares(choice, plan)
+    ]
 
 
 # ---- the recipe
@@ -221,7 +276,10 @@ def stored_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
     found = content.get("measured_on")
     differing = [name for name in key if not isinstance(found, dict) or found.get(name) != key[name]]
     if differing:
-        raise AfpqError(f"{file}: sensitivities of another {' and another '.join(differing)}; remove or rename it")
+        raise AfpqError(
+            f"{file}: sensitivities of another {' and another '.join(differing)}; "
+            "name another file, or, of a run that was stopped, add --no-resume to measure again"
+        )
     try:
         return [
             GroupLosses(tuple(group["layers"]), None if group["losses"] is None else tuple(map(float, group["losses"])))

@@ -21,6 +21,7 @@ from afpq.commands.common import (
 )
 from afpq.console import (
     check_json_place,
+    choice_json,
     console,
     outcome_json,
     plan_json,
@@ -181,7 +182,7 @@ def quantize(
         print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
     else:
         print_outcome(outcome)
-    save_json(json, {**plan_json(job.plan), **outcome_json(outcome)})
+    save_json(json, {**plan_json(job.plan), **choice_json(job.choice, job.plan), **outcome_json(outcome)})
 
 
 def _evaluation_text(file: Path | None, dataset: str | None) -> tuple[str | None, str]:
