@@ -122,13 +122,15 @@ def choose_schemes(plan: Plan, budget: Budget, groups: Sequence[GroupLosses], ke
     total = sum(target.elements for target in targets.values())
     settled = {layer for group in groups for layer in group.layers}
     left = int(budget.bits_per_weight * total / 8) - sum(t.bytes for t in targets.values() if t.module not in settled)
+    spare = left - sum(map(min, costs))
     chosen: dict[int, int] = {}
     for index, group in enumerate(groups):
         if group.losses is None:
-            most = budget.bits_per_weight * sum(targets[name].elements for name in group.layers) / 8
-            fitting = [cost for cost in costs[index] if cost <= most] or [min(costs[index])]
-            chosen[index] = costs[index].index(max(fitting))
-            left -= costs[index][chosen[index]]
+            most = int(budget.bits_per_weight * sum(targets[name].elements for name in group.layers) / 8)
+            least = min(costs[index])
+            cost = max(cost for cost in costs[index] if cost <= max(least, min(most, least + spare)))
+            chosen[index] = costs[index].index(cost)
+            left, spare = left - cost, spare - (cost - least)
     measured = [(index, group.losses) for index, group in enumerate(groups) if group.losses is not None]
     options = choose_options([costs[index] for index, _ in measured], [losses for _, losses in measured], left)
     chosen |= {index: option for (index, _), option in zip(measured, options)}
