@@ -29,7 +29,7 @@ from afpq.scheme import Scheme
 from afpq.solve import named
 
 TOKENS, LENGTH = 8192, 512  # of the calibration text: how many, and of a window the first so many
-SAMPLED = 2**18  # weights of a group that are rounded to try a scheme
+SAMPLED, ROWS = 2**16, 4  # weights of a group that are rounded to try a scheme; rows of a layer, at least
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _block_losses(
                 if name in taps:
                     with named(target.tensor):
                         W = plan.checkpoint.read_stored(target.stored).to(how.device, torch.float32)
-                        limit = max(1, SAMPLED // len(members) // W.shape[1])
+                        limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
                         found = layer_losses(W, taps[name], schemes, how.search, limit)
                     losses += torch.tensor(found, dtype=torch.float64) / how.windows.numel()
             yield GroupLosses(tuple(target.module for target in members.values()), tuple(losses.tolist()))
