@@ -49,9 +49,10 @@ def walk(directory: Path, scratch: Path) -> dict[str, Tap]:
     return taps
 
 
-def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(sum of x x^T, sum of squared gradients) of linears, by autograd through all of the model."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
+def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor, list[float]]]:
+    """(sum of x x^T, sum of squared gradients, gradients times outputs for each window) of linears, by autograd through
+    all of the model."""
+    sums: dict[str, tuple[Tensor, Tensor, list[float]]] = {}
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -66,9 +67,11 @@ def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor]
         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
         gradients = torch.autograd.grad(loss, [out for _, _, out in seen], allow_unused=True)
         for (name, x, out), gradient in zip(seen, gradients):
-            square = torch.zeros_like(out) if gradient is None else gradient.square()
-            H, G = sums.get(name, (0, 0))
-            sums[name] = H + x.T @ x, G + square.flatten(0, -2).sum(0)
+            gradient = torch.zeros_like(out) if gradient is None else gradient
+            output = x @ model.get_submodule(name).weight.T  # `out` may have been changed in place
+            growth = (gradient.flatten(0, -2) * output).sum().item()
+            H, G, growths = sums.get(name, (0, 0, []))
+            sums[name] = H + x.T @ x, G + gradient.square().flatten(0, -2).sum(0), [*growths, growth]
     for handle in handles:
         handle.remove()
     return sums
@@ -82,11 +85,13 @@ def test_a_block_at_a_time_is_the_whole_model(tmp_path: Path, family: str) -> No
     expected = whole(model, list(taps))
     assert len(taps) >= 8 and taps.keys() == expected.keys()
     for name, tap in taps.items():
-        H, G = expected[name]
+        H, G, growth = expected[name]
         E = torch.randn(5, H.shape[0])
-        assert torch.allclose(tap.gram.quadratic(E), ((E @ H) * E).sum(1), rtol=1e-3), name
+        assert torch.allclose(tap.gram.product(E, E), ((E @ H) * E).sum(1), rtol=1e-3), name
         assert torch.allclose(tap.gram.diagonal(), H.diagonal(), rtol=1e-3, atol=1e-6), name
         assert torch.allclose(tap.gradient, G, rtol=2e-3, atol=1e-5 * G.max().item()), name
+        if "experts" not in name:
+            assert tap.growth.tolist() == pytest.approx(growth, rel=1e-2, abs=1e-3 * max(1, *map(abs, growth))), name
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -107,4 +112,5 @@ def test_a_gram_is_the_same_by_tokens_or_summed(sizes: list[int], width: int) ->
         gram.add(part)
     assert gram.tokens == len(x) and (gram.H is None) == (len(x) <= width)
     assert torch.allclose(gram.diagonal(), x.square().sum(0), atol=1e-4)
-    assert torch.allclose(gram.quadratic(E), (x @ E.T).square().sum(0), rtol=1e-3, atol=1e-3)
+    F = torch.randn(3, width)
+    assert torch.allclose(gram.product(E, F), ((x @ E.T) * (x @ F.T)).sum(0), rtol=1e-3, atol=1e-3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Losses are the KL they stand for, an estimate from few rows is near that from all, and alike experts are one group."""
+"""Losses are the KL they stand for, few rows tell nearly what all do, and alike experts are one group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from afpq.algorithms import quantize_rtn
 from afpq.decide import make_plan
 from afpq.gradients import Gram, Tap
 from afpq.scheme import Recipe, parse_scheme
-from afpq.sensitivity import GroupLosses, Measuring, layer_losses, measure_losses, measured_windows
+from afpq.sensitivity import GroupLosses, Measuring, layer_errors, measure_losses, measured_windows
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 
@@ -64,9 +64,9 @@ def test_the_loss_is_the_kl_of_a_small_error(tmp_path: Path) -> None:
     drawn = torch.nn.functional.one_hot(p.multinomial(1)[:, 0], 12)
     gram = Gram()
     gram.add(x)
-    tap = Tap(gram, (p - drawn).square().sum(0), ("head",))
+    tap = Tap(gram, (p - drawn).square().sum(0), torch.zeros(1), ("head",))
     scheme = parse_scheme("int8-sym-g64")
-    (loss,) = layer_losses(W, tap, [scheme], "mse", 12)
+    loss = layer_errors(W, tap, [scheme], "mse", 12).scattered.item() / 2
     Q = quantize_rtn(W, scheme, "mse", gram.diagonal()).dequantize()
     q = (x @ Q.T).log_softmax(-1)
     kl = (p * (p.log() - q)).sum(-1).mean().item()
@@ -79,15 +79,18 @@ def test_few_rows_tell_nearly_what_all_do(limit: int) -> None:
     W = torch.randn(400, 64, generator=generator) * torch.rand(400, 1, generator=generator)
     gram = Gram()
     gram.add(torch.randn(200, 64, generator=generator))
-    tap = Tap(gram, torch.rand(400, generator=generator) ** 8, ("x",))  # a few outputs matter most
-    some, all_rows = (layer_losses(W, tap, SCHEMES, "mse", rows) for rows in (limit, 400))
-    assert some == pytest.approx(all_rows, rel=0.6 / limit**0.5)
+    tap = Tap(gram, torch.rand(400, generator=generator) ** 8, torch.ones(1), ("x",))  # a few outputs matter most
+    some, all_rows = (layer_errors(W, tap, SCHEMES, "mse", rows) for rows in (limit, 400))
+    assert some.scattered.tolist() == pytest.approx(all_rows.scattered.tolist(), rel=0.6 / limit**0.5)
+    assert some.common[:, 0].tolist() == pytest.approx(all_rows.common[:, 0].tolist(), rel=0.6 / limit**0.5)
+    assert 0 > all_rows.common[2, 0] > all_rows.common[1, 0] > all_rows.common[0, 0] > -0.2  # 2 bits shrink most
 
 
 def test_a_layer_whose_inputs_are_zero_costs_nothing() -> None:
     gram = Gram()
     gram.add(torch.zeros(5, 64))
-    assert layer_losses(torch.randn(8, 64), Tap(gram, torch.ones(8), ("x",)), SCHEMES, "mse", 4) == [0.0, 0.0, 0.0]
+    errors = layer_errors(torch.randn(8, 64), Tap(gram, torch.ones(8), torch.ones(3), ("x",)), SCHEMES, "mse", 4)
+    assert errors.scattered.tolist() == [0, 0, 0] and errors.common.tolist() == 3 * [[0, 0, 0]]
 
 
 def test_windows_are_cut_and_spread() -> None:

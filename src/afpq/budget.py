@@ -69,7 +69,7 @@ def make_budget(bits_per_weight: float | None, candidates: Sequence[str | Scheme
 
 @dataclass(frozen=True)
 class Choice:
-    """A scheme for each group. `kl`: predicted divergence from the float model, nats a token, of rounding to nearest.
+    """A scheme for each group. `kl`: predicted divergence from the float model, nats a token; a rough figure.
 
     `key` tells what the losses were measured on; the groups' losses are in the order of the budget's candidates.
     """
@@ -305,7 +305,9 @@ def _key(plan: Plan, budget: Budget, how: Measuring) -> dict[str, str]:
     return {
         "version of afpq": __version__,
         "model": checkpoint_digest(plan.checkpoint),
-        "setting": digest_value([how.search, how.seed, recipe.skip, [pattern for pattern, _ in recipe.overrides]]),
+        "setting": digest_value(
+            [how.search, how.kept, how.seed, recipe.skip, [pattern for pattern, _ in recipe.overrides]]
+        ),
         "list of candidates": digest_value([list(map(str, budget.candidates))]),
         "text": digest_value(how.windows.tolist()),
     }

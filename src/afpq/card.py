@@ -111,7 +111,7 @@ def _choice(choice: Choice, plan: Plan) -> str:
     """Which layers have which scheme, and why."""
     return (
         f"Each layer has the scheme that keeps the predicted KL divergence least at {choice.budget.bits_per_weight:g} "
-        f"true bits per weight ({choice.kl:.4f} nats a token, if rounded to nearest); what was measured for it is in "
+        f"true bits per weight ({choice.kl:.4f} nats a token, roughly); what was measured for it is in "
         f"`{SENSITIVITIES}`:\n\n{table(SHARES, share_cells(choice, plan))}"
     )
 

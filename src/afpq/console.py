@@ -65,7 +65,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
 def print_choice(choice: Choice, plan: Plan) -> None:
     """Which scheme was chosen for what, under a budget of bits."""
     bits = choice.budget.bits_per_weight
-    console.print(f"chosen for at most {bits:g} bits per weight; predicted KL, rounded to nearest: {choice.kl:.4f}")
+    console.print(f"chosen for at most {bits:g} bits per weight; predicted KL, roughly: {choice.kl:.4f}")
     rows = share_cells(choice, plan)
     wide = max(len(row[0]) for row in rows)
     for scheme, true_bits, layers, weights, which in rows:

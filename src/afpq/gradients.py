@@ -8,7 +8,7 @@ in memory, and what stands outside of the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -152,18 +152,25 @@ class Gram:
     def diagonal(self) -> Tensor:
         return torch.cat(self.rows).square().sum(0) if self.H is None else self.H.diagonal()
 
-    def quadratic(self, E: Tensor) -> Tensor:
-        """E [rows, in] -> the diagonal of E H E^T, [rows]."""
-        return (torch.cat(self.rows) @ E.T).square().sum(0) if self.H is None else ((E @ self.H) * E).sum(1)
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """A, B [rows, in] -> the diagonal of A H B^T, [rows]."""
+        if self.H is not None:
+            return ((A @ self.H) * B).sum(1)
+        x = torch.cat(self.rows)
+        return ((x @ A.T) * (x @ B.T)).sum(0)
 
 
 @dataclass
 class Tap:
-    """What a linear saw: its inputs, sums over tokens of the squared gradients of its outputs [out], and who else
-    reads the same tensor."""
+    """What a linear saw: its inputs, and who else reads the same tensor.
+
+    `gradient` [out]: sums over tokens of the squared gradients of its outputs; `growth` [windows], float64: sums of
+    gradients times outputs, the bias left out; zero where only some tokens reach it.
+    """
 
     gram: Gram
     gradient: Tensor
+    growth: Tensor
     readers: tuple[str, ...]
 
 
@@ -176,7 +183,7 @@ def step_back(
     for rows, stored in inputs.batches(device):
         hidden = stored.detach().clone().requires_grad_()
         seen: list[tuple[str, Tensor]] = []
-        with torch.enable_grad(), _listening(block, names, seen, taps):
+        with torch.enable_grad(), _listening(block, names, rows, inputs.tensor.shape[:2], seen, taps):
             result = call(block, hidden.clone())  # a copy: a leaf may not be changed in place
             try:
                 (found,) = torch.autograd.grad(result, hidden, gradients.tensor[rows].to(device))
@@ -193,23 +200,35 @@ def step_back(
 
 @contextmanager
 def _listening(
-    block: nn.Module, names: list[str], seen: list[tuple[str, Tensor]], taps: dict[str, Tap]
-) -> Iterator[None]:
-    """Inside, calls of the linears are noted in `seen` and gradients of their outputs added to `taps`."""
+    block: nn.Module, names: list[str], windows: slice, shape: Sequence[int], seen: list[tuple[str, Tensor]],
+    taps: dict[str, Tap],
+) -> Iterator[None]:  # fmt: skip
+    """Inside, calls of the linears are noted in `seen` and what gradients tell is added to `taps`.
 
-    def add(name: str, gradient: Tensor) -> None:
-        taps[name].gradient += gradient.detach().flatten(0, -2).float().square().sum(0)
+    What runs are these windows, of `shape` (windows, tokens of a window) in all.
+    """
+
+    def add(tap: Tap, output: Tensor, gradient: Tensor) -> None:
+        gradient = gradient.detach().flatten(0, -2).float()
+        tap.gradient += gradient.square().sum(0)
+        part = tap.growth[windows]
+        if len(gradient) == len(part) * shape[1]:
+            part += (gradient * output.flatten(0, -2)).double().sum(1).view(len(part), -1).sum(1)
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         first = next((taps[reader] for reader, x in seen if x is args[0]), None)
         seen.append((name, args[0]))
         if name not in taps:
-            taps[name] = Tap(Gram() if first is None else first.gram, torch.zeros(output.shape[-1]).to(output), ())
+            growth = torch.zeros(shape[0], dtype=torch.float64, device=output.device)
+            gram = Gram() if first is None else first.gram
+            taps[name] = Tap(gram, torch.zeros(output.shape[-1], device=output.device), growth, ())
             readers = (*(first.readers if first is not None else ()), name)
             for reader in readers:
                 taps[reader].readers = readers
         if output.requires_grad:
-            output.register_hook(partial(add, name))
+            bias = getattr(module, "bias", None)
+            value = output.detach().clone() if bias is None else output.detach() - bias
+            output.register_hook(partial(add, taps[name], value))
 
     handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:

@@ -3,9 +3,16 @@
 
 Rounding a layer's weights by dW moves its outputs on token t by dW x_t. To second order that moves the predictions by
 a KL of 1/2 sum_t E (g_t dW x_t)^2, where g_t is the gradient of -log p(y) with respect to these outputs, of a text y
-drawn from the model's own predictions (Fisher's information). Taking gradients and inputs for independent, and outputs
-for uncorrelated, that is 1/2 sum_i G_i dW_i H dW_i^T for a token: G_i is the mean square of the gradient of output i,
-H the second moment of the inputs. dW is the error of rounding to nearest with searched scales.
+drawn from the model's own predictions (Fisher's information). The errors have two parts:
+
+- what scatters. Taking gradients and inputs for independent, and outputs and tokens for uncorrelated, it costs
+  1/2 sum_i G_i dW_i H dW_i^T: G_i is the mean square of the gradient of output i, H the inputs' second moment;
+- what all outputs have in common: scales of least squares make them smaller, by a share e that is their relative error
+  (a tenth at 2 bits, 2 percent at 3). Over a window that costs 1/2 E (sum_n e_n sum_t g_t o_t)^2, n being the linears
+  of the group, o their outputs. It falls with the square of the error, so it matters at 2 bits.
+
+dW is the error of rounding to nearest. Of solvers that leave the share `kept` of it, the first part is multiplied by
+`kept` and the second by its square.
 
 Gradients and inputs come from one pass forwards and one backwards, a block at a time (`gradients.py`), over TOKENS
 tokens.
@@ -29,6 +36,7 @@ from afpq.scheme import Scheme
 from afpq.solve import named
 
 TOKENS, LENGTH = 8192, 512  # of the calibration text: how many, and of a window the first so many
+GPTQ_KEEPS = 0.4  # of the squared output error of rounding to nearest, at 3 and at 4 bits (docs/LOG.md)
 SAMPLED, ROWS = 2**16, 4  # weights of a group that are rounded to try a scheme; rows of a layer, at least
 
 
@@ -47,13 +55,15 @@ class GroupLosses:
 class Measuring:
     """How to measure: windows of tokens [count, length], the seed of the text that is drawn, and a device.
 
-    `search` is the scale search that the schemes will be used with.
+    `search` is the scale search that the schemes will be used with; `kept` what the solver leaves of the squared error
+    of rounding to nearest.
     """
 
     windows: Tensor
     seed: int
     device: torch.device
     search: str
+    kept: float = 1.0
 
 
 def measured_windows(windows: Tensor) -> Tensor:
@@ -110,31 +120,49 @@ def _block_losses(
         together = dict.fromkeys(kind_of_layer(targets[reader]) for reader in tap.readers)
         members = {name: target for kind in together for name, target in kinds.pop(kind, {}).items()}
         if members:
-            losses = torch.zeros(len(schemes), dtype=torch.float64)
-            for name, target in members.items():
-                if name in taps:
-                    with named(target.tensor):
-                        W = plan.checkpoint.read_stored(target.stored).to(how.device, torch.float32)
-                        limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
-                        found = layer_losses(W, taps[name], schemes, how.search, limit)
-                    losses += torch.tensor(found, dtype=torch.float64) / how.windows.numel()
-            yield GroupLosses(tuple(target.module for target in members.values()), tuple(losses.tolist()))
+            found = []
+            for name in members.keys() & taps.keys():
+                with named(members[name].tensor):
+                    W = plan.checkpoint.read_stored(members[name].stored).to(how.device, torch.float32)
+                    limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
+                    found.append(layer_errors(W, taps[name], schemes, how.search, limit))
+            yield GroupLosses(tuple(target.module for target in members.values()), _total(found, how))
 
 
-def layer_losses(W: Tensor, tap: Tap, schemes: Sequence[Scheme], search: str, limit: int) -> list[float]:
-    """W [out, in] -> for each scheme 1/2 sum_i G_i dW_i H dW_i^T times tokens, estimated from `limit` rows.
+def _total(found: Sequence[LayerErrors], how: Measuring) -> tuple[float, ...]:
+    """A group's losses, KL a token."""
+    scattered = torch.stack([errors.scattered for errors in found]).sum(0)
+    common = torch.stack([errors.common for errors in found]).sum(0).square().sum(1)
+    losses: list[float] = ((how.kept * scattered + how.kept**2 * common) / (2 * how.windows.numel())).tolist()
+    return tuple(losses)
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Of each scheme: `scattered` [schemes], the sum over tokens of G_i dW_i H dW_i^T; `common` [schemes, windows], the
+    change of the loss by what all outputs have in common. On the CPU, float64."""
+
+    scattered: Tensor
+    common: Tensor
+
+
+def layer_errors(W: Tensor, tap: Tap, schemes: Sequence[Scheme], search: str, limit: int) -> LayerErrors:
+    """W [out, in] rounded to nearest by each scheme; estimated from `limit` rows.
 
     Rows are drawn in proportion to G_i times the size of their outputs, to which errors are nearly in proportion.
     """
     importance = tap.gram.diagonal()
     rows, shares = _draw(tap.gradient * (W.square() @ importance), limit)
-    part, weights = W[rows], tap.gradient[rows].double() * shares / (2 * tap.gram.tokens)
+    part, weights = W[rows], tap.gradient[rows].double() * shares
     columns = importance if bool(importance.max() > 0) else None
-    found = []
+    size = (weights * tap.gram.product(part, part)).sum()
+    scattered, common = [], []
     for scheme in schemes:
         error = quantize_rtn(part, scheme, search, columns).dequantize() - part
-        found.append((weights * tap.gram.quadratic(error)).sum().item())
-    return found
+        scattered.append((weights * tap.gram.product(error, error)).sum() / tap.gram.tokens)
+        shrunk = (weights * tap.gram.product(error, part)).sum() / size
+        common.append(tap.growth * shrunk.nan_to_num())
+    return LayerErrors(torch.stack(scattered).cpu(), torch.stack(common).cpu())
 
 
 def _draw(sizes: Tensor, limit: int) -> tuple[Tensor, Tensor]:
