@@ -142,7 +142,8 @@ def prepare(
     if (calibrated or budget is not None) and getattr(skeleton.config, "is_encoder_decoder", False):
         raise AfpqError(
             f"{type(skeleton).__name__} is an encoder-decoder: its decoder's blocks read the encoder's outputs too and "
-            f"cannot be calibrated one after the other by {needy}; use --method rtn"
+            f"cannot be calibrated one after the other by {needy}; "
+            f"use --method rtn{'' if budget is None else ' without a budget'}"
         )
     if eval_text is not None and not measured:
         raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
