@@ -209,6 +209,15 @@ def test_candidates_are_spread_over_the_bits() -> None:
     assert len(budget.candidates) == len(CANDIDATES) and {s.format.bits for s in budget.candidates} == {2, 3, 4}
 
 
+@pytest.mark.parametrize("damage", ["layer", "loss"])
+def test_a_file_that_lacks_something_is_named(chosen: tuple[Job, Path], tmp_path: Path, damage: str) -> None:
+    content = json.loads(chosen[1].read_text())
+    del content["groups"][0]["layers" if damage == "layer" else "losses"][0]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(AfpqError, match=r"a\.json: does not hold these"):
+        job(chosen[0].plan.checkpoint.directory, 3.5, tmp_path / "a.json")
+
+
 NUMBERS = st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True)
 
 

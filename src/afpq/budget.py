@@ -252,13 +252,15 @@ def settle_budget(
     """Measure, unless `file` holds the same measured before, keep it there, and choose."""
     check_budget(plan, budget)
     key = _key(plan, budget, how)
+    free = free_targets(plan)
     groups = None if file is None else stored_losses(file, key)
+    if groups is not None and not _fits(groups, free, budget):
+        raise AfpqError(f"{file}: does not hold these layers and candidates; remove it")
     if groups is None:
         place = Path(tempfile.gettempdir()) if file is None else file.parent
         try:
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="afpq-", dir=place) as scratch:
-                free = free_targets(plan)
                 groups = measure_losses(plan, model, free, budget.candidates, how, Path(scratch), progress)
             if file is not None:
                 write_json(file, _losses_json(budget.candidates, groups, key))
@@ -289,6 +291,12 @@ def stored_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
         ]
     except (KeyError, TypeError, ValueError):
         raise AfpqError(f"{file}: holds no sensitivities; remove it") from None
+
+
+def _fits(groups: Sequence[GroupLosses], targets: Sequence[Target], budget: Budget) -> bool:
+    layers = sorted(layer for group in groups for layer in group.layers)
+    counts = {len(group.losses) for group in groups if group.losses is not None}
+    return layers == sorted(target.module for target in targets) and counts <= {len(budget.candidates)}
 
 
 def _losses_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], key: dict[str, str]) -> dict[str, Any]:
