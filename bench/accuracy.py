@@ -24,6 +24,7 @@ from afpq.data import tokenize, windows
 from afpq.evaluate import evaluate, logits_of
 from afpq.loading import load_model, load_tokenizer
 
+BUDGET = "budget "  # a row's scheme where the layers' schemes are chosen under a budget of bits
 FORMATS = ("nf3", "nf4", "int3", "int4", "fp3", "fp4")
 
 
@@ -35,14 +36,21 @@ def run(arguments: argparse.Namespace, scheme: str, method: str, text: Any, refe
     """Quantize into a scratch directory, load, measure."""
     method_name, _, search = method.partition(":")
     options: dict[str, Any] = {"scale_search": search} if search else {}
+    if scheme.startswith(BUDGET):  # its sensitivities are measured once, and kept beside the rows
+        options["bits_per_weight"] = float(scheme.removeprefix(BUDGET))
+        options["sensitivities"] = arguments.out.with_suffix(f".{method_name}.sensitivities.json")
     settings = afpq.CalibrationSettings(arguments.samples, arguments.seq_len)
-    calibration = None if method_name == "rtn" else arguments.calibration_text.read_text("utf-8")
+    calibration = (
+        None
+        if method_name == "rtn" and not scheme.startswith(BUDGET)
+        else arguments.calibration_text.read_text("utf-8")
+    )
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         plan = afpq.quantize(
             arguments.model,
             f"{scratch}/out",
-            scheme,
+            *([] if scheme.startswith(BUDGET) else [scheme]),
             method=method_name,
             text=calibration,
             settings=settings,
@@ -80,6 +88,7 @@ def main() -> None:
     parser.add_argument("--methods", default="rtn,rtn:mse,gptq,awq,awq+gptq")
     parser.add_argument("--schemes", help="instead of all schemes of --formats: nf3-asym-g128,...")
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--budgets", default="", help="also these true bits, by --bits-per-weight: 3.5,4.0")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--samples", type=int, default=64)
@@ -94,6 +103,7 @@ def main() -> None:
     print(f"float perplexity {evaluate(original, text).perplexity:.3f}", flush=True)
     for method in arguments.methods.split(","):
         chosen = arguments.schemes.split(",") if arguments.schemes else schemes(arguments.formats.split(","))
+        chosen += [f"{BUDGET}{bits}" for bits in arguments.budgets.split(",") if bits]
         for scheme in chosen:
             if (scheme, method) not in done:
                 rows.append(run(arguments, scheme, method, text, reference))

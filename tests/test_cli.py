@@ -172,6 +172,24 @@ def test_a_dry_run_writes_nothing_and_tells_the_size(cli: Cli, tiny_model_dir: P
     assert planned["output_bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / WEIGHTS).values())
 
 
+def test_a_budget_is_shown_saved_and_measured_once(
+    cli: Cli, tiny_model_dir: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = ["--bits-per-weight", "3.5", "--candidates", "nf3-asym-g64-log8,nf4-asym-g64-log8,nf2-asym-g64-log8"]
+    options = [*budget, "--text", text, "--samples", "4", "--seq-len", "32", "--json", tmp_path / "plan.json"]
+    dry = cli("quantize", tiny_model_dir, tmp_path / "out", *options, "--dry-run")
+    assert dry.code == 0, dry
+    assert "chosen for at most 3.5 bits per weight" in dry.out and "gate_proj" in dry.out
+    told = read_json(tmp_path / "plan.json")
+    assert 3.3 < told["bits_per_weight"] <= 3.5 == told["budget"]["bits_per_weight"]
+    assert sum(scheme["layers"] for scheme in told["budget"]["schemes"]) == 14 == len(told["layers"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.sensitivities.json", "plan.json", "text.txt"]
+    monkeypatch.setattr("afpq.budget.measure_losses", lambda *_: pytest.fail("measured again"))
+    assert cli("quantize", tiny_model_dir, tmp_path / "out", *options).code == 0
+    assert read_json(tmp_path / "plan.json")["layers"] == told["layers"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json", "text.txt"]
+
+
 def test_low_coverage_is_warned_of_and_what_is_left_is_named(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
     dry = cli("quantize", tiny_model_dir, tmp_path / "out", "--skip", "mlp", "--dry-run")
     done = cli("quantize", tiny_model_dir, tmp_path / "out", "--skip", "mlp", "--json", tmp_path / "q.json")
@@ -326,6 +344,16 @@ QUANTIZE: dict[str, tuple[list[str], list[str]]] = {
     "unknown device": (["--method", "gptq", "--text", "TEXT", "--device", "abacus"], ["abacus"]),
     "damp too large": (["--method", "gptq", "--text", "TEXT", "--damp", "2"], ["damp"]),
     "unknown order": (["--method", "gptq", "--text", "TEXT", "--order", "random"], ["random"]),
+    "a budget without text": (["--bits-per-weight", "3.5"], ["budget", "text"]),
+    "a budget below the cheapest": (["--bits-per-weight", "2", "--text", "TEXT"], ["weight 2:", "2.28"]),
+    "a budget above the dearest": (["--bits-per-weight", "5", "--text", "TEXT"], ["weight 5:", "4.51"]),
+    "a budget of letters": (["--bits-per-weight", "few", "--text", "TEXT"], ["--bits-per-weight"]),
+    "candidates without a budget": (["--candidates", "nf3-asym-g64"], ["--bits-per-weight"]),
+    "a bad candidate": (["--bits-per-weight", "3", "--candidates", "nf3-asym-g64,nf9", "--text", "TEXT"], ["nf9"]),
+    "sensitivities in no directory": (
+        ["--bits-per-weight", "3", "--text", "TEXT", "--sensitivities", "/proc/none/a.json"],
+        ["/proc/none/a.json"],
+    ),
     "json that cannot be written": (["--json", "/no/such/dir/a.json"], ["/no/such/dir/a.json"]),
 }
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from afpq.budget import SENSITIVITIES, Budget, Choice, make_budget, settle_budget, with_choice
 from afpq.calibrated import Calibration, run_calibrated
 from afpq.card import Card, write_card
-from afpq.checkpoint import ShardWriter, digest, digest_value, write_json
+from afpq.checkpoint import ShardWriter, checkpoint_digest, digest, digest_value, write_json
 from afpq.config import config_to_json
 from afpq.data import sample_windows, tokenize
 from afpq.decide import make_plan
@@ -29,10 +30,11 @@ from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan
 from afpq.scheme import DEFAULT_SCHEME, METHODS, Recipe, Scheme, parse_scheme, scheme_of_end
 from afpq.selftest import check_reloaded, check_tensors
+from afpq.sensitivity import GPTQ_KEEPS, Measuring, measured_windows
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 from afpq.version import __version__
-from afpq.workdir import WorkDirectory, work_directory
+from afpq.workdir import WorkDirectory, refuse_existing, work_directory
 
 LOG_NAME = "afpq_log.jsonl"
 
@@ -63,6 +65,11 @@ class CalibrationSettings:
         """The device that computes. Raises AfpqError for one that is not here."""
         return find_device(self.device)
 
+    def measuring(self, windows: Tensor, recipe: Recipe) -> Measuring:
+        """How sensitivities are measured on some of the calibration windows, with scales found as they will be."""
+        kept = GPTQ_KEEPS if METHODS[recipe.method].solver == "gptq" else 1.0
+        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, kept)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -79,16 +86,14 @@ class Job:
     text_name: str = "a text"
     sample: Sample | str = "no text was given"
     trust_remote_code: bool = False
+    choice: Choice | None = None  # where the plan's schemes were chosen under a budget of bits
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the result, for telling whether a stopped run may go on."""
-        checkpoint = self.plan.checkpoint
-        files = sorted({info.file for info in checkpoint.tensors.values()})
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         windows = b"" if self.windows is None else self.windows.numpy().tobytes()
         return {
             "version of afpq": __version__,
-            "model": digest_value([str(checkpoint.directory.resolve()), stats, checkpoint.config]),
+            "model": checkpoint_digest(self.plan.checkpoint),
             "setting": digest_value(
                 [asdict(self.plan.recipe), asdict(self.settings) if self.windows is not None else None]
             ),
@@ -117,22 +122,28 @@ def prepare(
     measured: bool = True,
     settings: CalibrationSettings | None = None,
     trust_remote_code: bool = False,
+    budget: Budget | None = None,
+    sensitivities: Path | None = None,
+    progress: Progress | None = None,
 ) -> Job:
     """What `recipe` would do to the checkpoint `model` (a directory or hub id); reads headers and texts only.
 
-    `names` of the two texts are for the card; without `measured` it has no figures of perplexity. Raises AfpqError for
-    bad input, and where a calibrated method has no text.
+    `names` of the two texts are for the card; without `measured` it has no figures of perplexity. With a `budget` the
+    model is run on the text, block by block, to choose the schemes; what was measured is kept in `sensitivities`.
+    Raises AfpqError for bad input, and where a calibrated method or a budget has no text.
     """
     checkpoint = open_checkpoint(model)
     skeleton = build_skeleton(checkpoint.directory, trust_remote_code)
     plan = make_plan(checkpoint, skeleton, recipe)
     settings, calibrated = settings or CalibrationSettings(), METHODS[recipe.method].calibrated
-    if calibrated and text is None:
-        raise AfpqError(f"method {recipe.method} needs calibration text: --text FILE or --dataset NAME")
-    if calibrated and getattr(skeleton.config, "is_encoder_decoder", False):
+    needy = f"method {recipe.method}" if calibrated else "a budget of bits"
+    if (calibrated or budget is not None) and text is None:
+        raise AfpqError(f"{needy} needs calibration text: --text FILE or --dataset NAME")
+    if (calibrated or budget is not None) and getattr(skeleton.config, "is_encoder_decoder", False):
         raise AfpqError(
             f"{type(skeleton).__name__} is an encoder-decoder: its decoder's blocks read the encoder's outputs too and "
-            f"cannot be calibrated one after the other by {recipe.method}; use --method rtn"
+            f"cannot be calibrated one after the other by {needy}; "
+            f"use --method rtn{'' if budget is None else ' without a budget'}"
         )
     if eval_text is not None and not measured:
         raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
@@ -142,9 +153,9 @@ def prepare(
         tokenizer = load_tokenizer(checkpoint.directory, trust_remote_code)
         return tokenize(tokenizer, content if isinstance(content, str) else "\n\n".join(content))
 
-    windows, drawn = None, None
+    windows, drawn, choice = None, None, None
     sample: Sample | str = _NO_TEXT if measured else _SWITCHED_OFF
-    if calibrated and text is not None:
+    if (calibrated or budget is not None) and text is not None:
         drawn = Drawn(tokens(text), settings.samples, length, settings.seed)
         windows = sample_windows(drawn.tokens, drawn.count, drawn.length, drawn.seed)
     if measured and eval_text is not None:
@@ -153,7 +164,25 @@ def prepare(
         sample = sample_beside(drawn, names[0])
     elif measured and text is not None:
         sample = sample_of(tokens(text), length, f"{names[0]}, which played no part in quantizing")
-    return Job(plan, skeleton, settings, windows, str(model), names[0], sample, trust_remote_code)
+    if budget is not None and windows is not None:
+        choice = settle_budget(plan, skeleton, budget, settings.measuring(windows, recipe), sensitivities, progress)
+        plan = make_plan(checkpoint, skeleton, with_choice(recipe, choice, plan, skeleton))
+    windows = windows if calibrated else None
+    return Job(plan, skeleton, settings, windows, str(model), names[0], sample, trust_remote_code, choice)
+
+
+def sensitivities_file(out: Path, given: Path | None, resume: bool) -> Path:
+    """Where sensitivities are kept while `out` is made: beside it, unless a place was given.
+
+    Raises AfpqError where `out` exists, before anything is measured.
+    """
+    refuse_existing(out)
+    if given is not None:
+        return given
+    file = out.absolute().with_name(f"{out.name}.sensitivities.json")
+    if not resume:
+        file.unlink(missing_ok=True)
+    return file
 
 
 _NO_TEXT, _SWITCHED_OFF = "no text was given (--eval-text FILE)", "it was switched off (--no-card-measure)"
@@ -174,6 +203,9 @@ def quantize(
     progress: Progress | None = None,
     lm_head: str | Scheme | bool | None = None,
     embedding: str | Scheme | bool | None = None,
+    bits_per_weight: float | None = None,
+    candidates: Sequence[str | Scheme] | None = None,
+    sensitivities: str | Path | None = None,
     **recipe: Any,
 ) -> Plan:
     """Quantize a checkpoint (a directory or a hub id) into the new directory `out`; returns the plan carried out.
@@ -181,11 +213,16 @@ def quantize(
     `text` is what calibrated methods learn from: a string or a list of them. The card's perplexity and KL are measured
     on `eval_text`, or else on parts of `text` that were not used; `measured=False` does without. `recipe` takes the
     other fields of Recipe, such as `scale_search`, `skip` and `overrides`; `lm_head` and `embedding` are schemes for
-    the ends of the model, True for the same as in its blocks. `out` appears only when complete; a run
+    the ends of the model, True for the same as in its blocks. With `bits_per_weight` every group of layers gets the one
+    of the `candidates` that keeps the predicted KL least under this budget, and `scheme` is for the ends alone;
+    `sensitivities` names a file of what was measured for it, to be used again. `out` appears only when complete; a run
     that was stopped goes on where it stopped when called again. Raises AfpqError for bad input.
     """
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     recipe |= {"lm_head": scheme_of_end(lm_head, scheme), "embedding": scheme_of_end(embedding, scheme)}
+    budget = make_budget(bits_per_weight, candidates)
+    given = None if sensitivities is None else Path(sensitivities)
+    file = None if budget is None else sensitivities_file(Path(out), given, resume)
     job = prepare(
         model,
         Recipe(scheme, method, **recipe),
@@ -194,8 +231,13 @@ def quantize(
         measured=measured,
         settings=settings,
         trust_remote_code=trust_remote_code,
+        budget=budget,
+        sensitivities=file,
+        progress=progress,
     )
     execute(job, Path(out), resume=resume, progress=progress)
+    if file is not None and given is None:
+        file.unlink(missing_ok=True)  # the result holds it
     return job.plan
 
 
@@ -244,6 +286,8 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
     trust = job.trust_remote_code
     notes = [note for unit in job.plan.units for note in work.finished[unit.name]]
     plan = settled(job.plan, notes)
+    if job.choice is not None:
+        write_json(work.path / SENSITIVITIES, job.choice.to_json())
     (work.path / LOG_NAME).write_text("\n".join(map(json.dumps, notes)) + "\n", "utf-8")
     for path in plan.checkpoint.companions():
         shutil.copyfile(path, work.path / path.name)
@@ -255,7 +299,7 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
     model = job.name or str(plan.checkpoint.directory)
-    write_card(work.path, Card(model, job.plan, notes, _calibration(job), measured, tested))
+    write_card(work.path, Card(model, job.plan, notes, _calibration(job), measured, tested, job.choice))
     write_json(work.path / "config.json", config)
     rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
     return Outcome(measured, tested, rounded)
@@ -292,6 +336,9 @@ def _config(job: Job, plan: Plan) -> dict[str, Any]:
             "seed": job.settings.seed,
             "sha256": hashlib.sha256(job.windows.numpy().tobytes()).hexdigest(),
         }
+    if job.choice is not None:
+        budget = job.choice.budget
+        keys["budget"] = {"bits_per_weight": budget.bits_per_weight, "candidates": list(map(str, budget.candidates))}
     keys["made_by"] = f"afpq {__version__}"
     return {**job.plan.checkpoint.config, "quantization_config": keys}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afpq.budget import SENSITIVITIES, SHARES, Choice, share_cells
 from afpq.cards import LOAD, PAPER, front_matter
 from afpq.coverage import coverage_warning
 from afpq.measure import SampleFigures
@@ -28,7 +29,7 @@ class Card:
     """What the card tells. `model` is what was quantized, as the user named it; `notes` are the lines of the log.
 
     `calibration` says how, in a sentence; `measured` are figures or the reason why there are none; `tested` says what
-    the self-test did.
+    the self-test did. `choice` is there where the layers' schemes were chosen under a budget of bits.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Card:
     calibration: str | None
     measured: SampleFigures | str
     tested: str
+    choice: Choice | None = None
 
 
 def write_card(directory: Path, card: Card) -> None:
@@ -47,9 +49,9 @@ def write_card(directory: Path, card: Card) -> None:
 
 def card_text(card: Card, picture: bool) -> str:
     """The whole card, in Markdown."""
-    scheme = card.plan.recipe.scheme
+    schemes = card.plan.recipe.scheme if card.choice is None else _mean_bits(card)
     sections = {
-        f"{_name(card)}, {scheme} by {card.plan.recipe.method}": f"{_summary(card)}\n\n{_facts(card)}",
+        f"{_name(card)}, {schemes} by {card.plan.recipe.method}": f"{_summary(card)}\n\n{_facts(card)}",
         "Quality": f"{_quality(card)}\n\n{_errors(card.notes, picture)}",
         "Load it": LOAD,
         "How it was made": _making(card),
@@ -72,8 +74,8 @@ def _name(card: Card) -> str:
 def _summary(card: Card) -> str:
     name = f"`{_name(card)}`"
     link = name if Path(card.model).is_dir() else f"[{card.model}](https://huggingface.co/{card.model})"
-    bits = card.plan.recipe.scheme.format.bits
-    return f"{link} with its weights in {bits} bits, quantized by afpq ([asymmetric floating point]({PAPER}))."
+    bits = f"{card.plan.recipe.scheme.format.bits} bits" if card.choice is None else _mean_bits(card)
+    return f"{link} with its weights in {bits}, quantized by afpq ([asymmetric floating point]({PAPER}))."
 
 
 def _facts(card: Card) -> str:
@@ -83,10 +85,11 @@ def _facts(card: Card) -> str:
     scales = "a scale for each sign" if scheme.two_scales else scales
     group = "row" if scheme.group_size == -1 else f"group of {scheme.group_size} weights"
     warning = coverage_warning(plan.coverage, plan.left)
+    which = "scheme" if card.choice is None else "scheme of most weights"
     others = sorted({str(t.scheme) for t in plan.block_targets} - {str(scheme)})
     rows = [
-        ("scheme", f"{scheme}: {scheme.format.bits}-bit {scheme.format.name}, {scales} of each {group}"),
-        *([("some layers", ", ".join(others))] if others else []),
+        (which, f"{scheme}: {scheme.format.bits}-bit {scheme.format.name}, {scales} of each {group}"),
+        *([("some layers", ", ".join(others))] if others and card.choice is None else []),
         ("method", f"{plan.recipe.method}, scales by {plan.recipe.search}"),
         ("true bits per weight", f"{plan.bits_per_weight:.3f} for a quantized weight, with scales and zero points"),
         ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.block_targets)} linear layers"),
@@ -96,7 +99,21 @@ def _facts(card: Card) -> str:
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
         ("left as it was", _left(plan)),
     ]  # fmt: skip
-    return table(("", ""), rows)
+    facts = table(("", ""), rows)
+    return facts if card.choice is None else f"{facts}\n\n{_choice(card.choice, plan)}"
+
+
+def _mean_bits(card: Card) -> str:
+    return f"{card.plan.bits_per_weight:.2f} bits per weight"
+
+
+def _choice(choice: Choice, plan: Plan) -> str:
+    """Which layers have which scheme, and why."""
+    return (
+        f"Each layer has the scheme that keeps the predicted KL divergence least at {choice.budget.bits_per_weight:g} "
+        f"true bits per weight ({choice.kl:.4f} nats a token, roughly); what was measured for it is in "
+        f"`{SENSITIVITIES}`:\n\n{table(SHARES, share_cells(choice, plan))}"
+    )
 
 
 def _end(plan: Plan, target: Target) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.packing import Spec, spec_bytes
-from afpq.source import DTYPES, INDEX, WEIGHTS
+from afpq.source import DTYPES, INDEX, WEIGHTS, Checkpoint
 
 MAX_SHARD = 5_000_000_000  # bytes, as Transformers used for years; a larger tensor gets a shard of its own
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -122,6 +122,13 @@ class ShardWriter:
             total = sum(spec_bytes(spec) for spec in self.outputs.values())
             weight_map = {name: self.names[place.shard] for name, place in self.places.items()}
             write_json(self.directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """A digest that tells one checkpoint from another, or from itself changed: its place, files and config."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return digest_value([str(checkpoint.directory.resolve()), stats, checkpoint.config])
 
 
 def digest_value(value: object) -> str:

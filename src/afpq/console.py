@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from afpq.api import Job, Outcome
 from afpq.blocks import find_blocks
+from afpq.budget import Choice, share_cells, shares
 from afpq.checkpoint import write_json
 from afpq.coverage import coverage_warning, kinds_left
 from afpq.errors import AfpqError
@@ -33,12 +34,15 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_w
 def print_plan(job: Job, verb: str, out: Path) -> None:
     """One paragraph on what was, or would be, done; a warning where much of the model is left alone."""
     plan = job.plan
+    schemes = plan.recipe.scheme if job.choice is None else "chosen below"
     console.print(
         f"{verb} {out}: {size_text(plan.output_bytes)} (was {size_text(plan.input_bytes)}), "
-        f"{len(plan.block_targets)} linears as {plan.recipe.scheme} by {plan.recipe.method}, "
+        f"{len(plan.block_targets)} linears as {schemes} by {plan.recipe.method}, "
         f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
         f"{100 * plan.coverage:.1f} % of the blocks' weights quantized",
     )
+    if job.choice is not None:
+        print_choice(job.choice, plan)
     for target in plan.end_targets:
         console.print(
             f"{plan.end_words(target)} as {target.scheme}: {size_text(target.bytes)}, "
@@ -56,6 +60,24 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
             style="bold yellow",
         )
     print_coverage(plan.coverage, plan.left)
+
+
+def print_choice(choice: Choice, plan: Plan) -> None:
+    """Which scheme was chosen for what, under a budget of bits."""
+    bits = choice.budget.bits_per_weight
+    console.print(f"chosen for at most {bits:g} bits per weight; predicted KL, roughly: {choice.kl:.4f}")
+    rows = share_cells(choice, plan)
+    wide = max(len(row[0]) for row in rows)
+    for scheme, true_bits, layers, weights, which in rows:
+        console.print(f"  {scheme:<{wide}}  {true_bits} bits  {weights:>7}  {layers:>4} layers: {which}")
+
+
+def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
+    """A choice for `--json`; nothing where there was none. The scheme of each layer is told by the plan."""
+    if choice is None:
+        return {}
+    found = [{"scheme": str(s.scheme), "bits_per_weight": s.bits, "layers": s.layers} for s in shares(choice, plan)]
+    return {"budget": {"bits_per_weight": choice.budget.bits_per_weight, "predicted_kl": choice.kl, "schemes": found}}
 
 
 def print_coverage(coverage: float, left: Mapping[str, int]) -> None:

@@ -8,7 +8,7 @@ there). So the model is run around its blocks once more, with what left the last
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,7 @@ def head_moments(
         rows = slice(first, first + size)
         inputs = []
         for stream in streams:
-            with _standing_in(blocks, calls, stream.tensor[rows]):
+            with standing_in(blocks, calls, stream.tensor[rows]):
                 inputs.append(input_of(model, head, WHOLE, windows[rows]).to(device))
         x = inputs[0]
         if moments is None:
@@ -73,7 +73,7 @@ def head_moments(
 
 
 @contextmanager
-def _standing_in(blocks: list[Block], calls: dict[str, BlockCall], hidden: Tensor) -> Iterator[None]:
+def standing_in(blocks: list[Block], calls: Mapping[str, BlockCall], hidden: Tensor) -> Iterator[None]:
     """Inside, every block returns `hidden`, whatever it is given."""
     try:
         for block in blocks:

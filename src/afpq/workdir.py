@@ -78,7 +78,7 @@ class WorkDirectory:
         for path in self.path.iterdir():
             _sync(path)
         _sync(self.path)
-        _refuse_existing(self.out)
+        refuse_existing(self.out)
         os.replace(self.path, self.out)
         with suppress(OSError):  # it is there, whatever happens now
             (self.out / JOURNAL).unlink()
@@ -101,7 +101,7 @@ class WorkDirectory:
             self.discard()
 
     def _begin(self, fingerprint: dict[str, Any], resume: bool) -> None:
-        _refuse_existing(self.out)  # asked with the lock held: the run that held it before may have made it
+        refuse_existing(self.out)  # asked with the lock held: the run that held it before may have made it
         kept = self._read_journal() if resume else None
         if kept is None:
             self._start(fingerprint)
@@ -172,7 +172,7 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
     """
     out = Path(os.path.abspath(out))
     try:
-        _refuse_existing(out)
+        refuse_existing(out)
         work = WorkDirectory(out, fingerprint, resume)
     except (OSError, ValueError) as error:
         raise _cannot_write(out, error) from None
@@ -193,7 +193,8 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
         raise
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raises AfpqError where something is in the place of a result."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AfpqError(f"{out}: exists already; remove it or choose another place")
 

@@ -21,6 +21,7 @@ from afpq.commands.common import (
 )
 from afpq.console import (
     check_json_place,
+    choice_json,
     console,
     outcome_json,
     plan_json,
@@ -90,6 +91,20 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Leave linears whose name matches this regex.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as 'down_proj=nf4-asym-g64'.")] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose the scheme of each layer: the least predicted KL at so many true bits. Needs text; also a "
+            "dry run measures. Options of the scheme are then for the ends alone."
+        ),
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="SCHEME,SCHEME,...", help="What --bits-per-weight chooses from.")
+    ] = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(help="A file for what --bits-per-weight measured; used again where it is there."),
+    ] = None,
     lm_head: Annotated[
         str | None,
         typer.Option(
@@ -119,7 +134,8 @@ def quantize(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
-    from afpq.api import CalibrationSettings, execute, prepare
+    from afpq.api import CalibrationSettings, execute, prepare, sensitivities_file
+    from afpq.budget import make_budget
     from afpq.data import read_text
     from afpq.estimate import estimate
     from afpq.formats import parse_format
@@ -138,9 +154,11 @@ def quantize(
     )
     settings = CalibrationSettings(samples, seq_len, seed, device, all_experts)
     check_json_place(json)
+    budget = make_budget(bits_per_weight, None if candidates is None else candidates.split(","))
+    kept = None if budget is None else sensitivities_file(out, sensitivities, resume)
     content = read_text(text, dataset, calibration=True) if text is not None or dataset is not None else None
     test, test_name = _evaluation_text(eval_text, dataset if card_measure else None)
-    with quiet_transformers():
+    with quiet_transformers(), progress_bar("start") as advance:
         job = prepare(
             model,
             recipe,
@@ -150,17 +168,21 @@ def quantize(
             measured=card_measure,
             settings=settings,
             trust_remote_code=trust_remote_code,
+            budget=budget,
+            sensitivities=kept,
+            progress=advance,
         )
         outcome = None
         if not dry_run:
-            with progress_bar("start") as advance:
-                outcome = execute(job, out, resume=resume, progress=advance)
+            outcome = execute(job, out, resume=resume, progress=advance)
+            if kept is not None and sensitivities is None:
+                kept.unlink(missing_ok=True)  # the result holds it
     print_plan(job, "would write" if outcome is None else "wrote", out)
     if outcome is None:
         print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
     else:
         print_outcome(outcome)
-    save_json(json, {**plan_json(job.plan), **outcome_json(outcome)})
+    save_json(json, {**plan_json(job.plan), **choice_json(job.choice, job.plan), **outcome_json(outcome)})
 
 
 def _evaluation_text(file: Path | None, dataset: str | None) -> tuple[str | None, str]:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Losses are the KL they stand for, few rows tell nearly what all do, and alike experts are one group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_gradients import WINDOWS, save
+from torch import Tensor
+
+from afpq.algorithms import quantize_rtn
+from afpq.decide import make_plan
+from afpq.gradients import Gram, Tap
+from afpq.scheme import Recipe, parse_scheme
+from afpq.sensitivity import GroupLosses, Measuring, layer_errors, measure_losses, measured_windows
+from afpq.skeleton import build_skeleton
+from afpq.source import open_checkpoint
+
+SCHEMES = [parse_scheme(name) for name in ("nf2-asym-g64", "nf3-asym-g64", "nf4-asym-g64")]
+
+
+def measure(directory: Path, scratch: Path, windows: Tensor = WINDOWS) -> list[GroupLosses]:
+    checkpoint, skeleton = open_checkpoint(directory), build_skeleton(directory)
+    plan = make_plan(checkpoint, skeleton, Recipe(SCHEMES[1]))
+    how = Measuring(windows, 0, torch.device("cpu"), "mse")
+    return measure_losses(plan, skeleton, plan.block_targets, SCHEMES, how, scratch)
+
+
+def test_groups_in_the_order_they_run_and_losses_fall_with_bits(tmp_path: Path) -> None:
+    save("Llama", tmp_path / "model")
+    groups = measure(tmp_path / "model", tmp_path)
+    inside = [tuple(name.split(".", 4)[-1] for name in group.layers) for group in groups]
+    assert inside == 2 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    assert [group.layers[0].split(".")[2] for group in groups] == 4 * ["0"] + 4 * ["1"]
+    for group in groups:
+        assert group.losses is not None and group.losses[0] > 2 * group.losses[1] > 4 * group.losses[2] > 0
+    again = measure(tmp_path / "model", tmp_path)
+    assert again == groups
+
+
+def test_experts_of_a_layer_are_one_group_and_idle_ones_cost_nothing(tmp_path: Path) -> None:
+    save("Mixtral", tmp_path / "model")
+    groups = measure(tmp_path / "model", tmp_path, torch.full((1, 2), 7))  # 2 equal tokens: 2 of 4 experts at most
+    experts = [group for group in groups if "experts" in group.layers[0]]
+    assert [len(group.layers) for group in experts] == [8, 4, 8, 4]
+    assert all(group.losses is not None and min(group.losses) > 0 for group in experts)
+
+
+def test_what_text_does_not_reach_has_no_losses(tmp_path: Path) -> None:
+    save("Mamba", tmp_path / "model")
+    unknown = [group for group in measure(tmp_path / "model", tmp_path) if group.losses is None]
+    assert [layer for group in unknown for layer in group.layers] == [
+        f"backbone.layers.{index}.mixer.dt_proj" for index in (0, 1)
+    ]
+
+
+def test_the_loss_is_the_kl_of_a_small_error(tmp_path: Path) -> None:
+    """Of a linear that is the head of a softmax: its KL is known, and the gradients' squares too."""
+    torch.manual_seed(0)
+    x, W = torch.randn(4000, 32), 0.3 * torch.randn(12, 32)
+    p = (x @ W.T).softmax(-1)
+    drawn = torch.nn.functional.one_hot(p.multinomial(1)[:, 0], 12)
+    gram = Gram()
+    gram.add(x)
+    tap = Tap(gram, (p - drawn).square().sum(0), torch.zeros(1), ("head",))
+    scheme = parse_scheme("int8-sym-g64")
+    loss = layer_errors(W, tap, [scheme], "mse", 12).scattered.item() / 2
+    Q = quantize_rtn(W, scheme, "mse", gram.diagonal()).dequantize()
+    q = (x @ Q.T).log_softmax(-1)
+    kl = (p * (p.log() - q)).sum(-1).mean().item()
+    assert loss / 4000 == pytest.approx(kl, rel=0.15)
+
+
+@pytest.mark.parametrize("limit", [8, 32, 100])
+def test_few_rows_tell_nearly_what_all_do(limit: int) -> None:
+    generator = torch.Generator().manual_seed(limit)
+    W = torch.randn(400, 64, generator=generator) * torch.rand(400, 1, generator=generator)
+    gram = Gram()
+    gram.add(torch.randn(200, 64, generator=generator))
+    tap = Tap(gram, torch.rand(400, generator=generator) ** 8, torch.ones(1), ("x",))  # a few outputs matter most
+    some, all_rows = (layer_errors(W, tap, SCHEMES, "mse", rows) for rows in (limit, 400))
+    assert some.scattered.tolist() == pytest.approx(all_rows.scattered.tolist(), rel=0.6 / limit**0.5)
+    assert some.common[:, 0].tolist() == pytest.approx(all_rows.common[:, 0].tolist(), rel=0.6 / limit**0.5)
+    assert 0 > all_rows.common[2, 0] > all_rows.common[1, 0] > all_rows.common[0, 0] > -0.2  # 2 bits shrink most
+
+
+def test_a_layer_whose_inputs_are_zero_costs_nothing() -> None:
+    gram = Gram()
+    gram.add(torch.zeros(5, 64))
+    errors = layer_errors(torch.randn(8, 64), Tap(gram, torch.ones(8), torch.ones(3), ("x",)), SCHEMES, "mse", 4)
+    assert errors.scattered.tolist() == [0, 0, 0] and errors.common.tolist() == 3 * [[0, 0, 0]]
+
+
+def test_windows_are_cut_and_spread() -> None:
+    windows = torch.arange(100)[:, None] * 10_000 + torch.arange(2048)
+    found = measured_windows(windows)
+    assert found.shape == (16, 512) and found[0, 0] == 0 and found[-1, 0] == 990_000
+    assert torch.equal(measured_windows(windows[:3, :7]), windows[:3, :7])
