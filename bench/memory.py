@@ -25,9 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import afpq
 from afpq import selftest
-from afpq.api import Job, execute
+from afpq.carry_out import execute
 from afpq.decide import make_plan
 from afpq.estimate import estimate
+from afpq.job import Job
 from afpq.scheme import METHODS, Recipe, parse_scheme
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint

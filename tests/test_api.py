@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import afpq
 from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme, quantize
-from afpq.api import LOG_NAME, prepare
 from afpq.card import PICTURE
+from afpq.carry_out import LOG_NAME
 from afpq.convert import quantize_model
+from afpq.job import prepare
 from afpq.source import CARD, WEIGHTS
 
 IDS = torch.arange(0, 240, 5).view(2, 24)

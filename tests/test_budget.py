@@ -19,9 +19,9 @@ from test_gradients import save
 
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme
-from afpq.api import CalibrationSettings, Job, prepare
 from afpq.blocks import find_blocks
 from afpq.budget import CANDIDATES, Budget, choose_schemes, make_budget, pattern_of, stored_losses, with_choice
+from afpq.job import CalibrationSettings, Job, prepare
 from afpq.loading import load_model
 from afpq.sensitivity import GroupLosses, kind_of_layer
 

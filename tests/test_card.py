@@ -14,10 +14,10 @@ from huggingface_hub.repocard import metadata_load
 
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme
-from afpq.api import prepare
 from afpq.card import PICTURE, Card, card_text
 from afpq.cards import licence_of
 from afpq.evaluate import Evaluation
+from afpq.job import prepare
 from afpq.measure import Sample, SampleFigures
 from afpq.source import CARD
 
@@ -126,7 +126,7 @@ def test_a_failing_card_leaves_nothing_finished(
     def fail(*_: object) -> None:
         raise AfpqError("no card")
 
-    monkeypatch.setattr("afpq.api.write_card", fail)
+    monkeypatch.setattr("afpq.carry_out.write_card", fail)
     with pytest.raises(AfpqError, match="no card"):
         afpq.quantize(tiny_model_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("config.json"))

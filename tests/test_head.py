@@ -61,7 +61,7 @@ def test_it_learns_from_what_the_head_reads(tmp_path: Path, make: Any, monkeypat
     monkeypatch.setattr("afpq.calibrated.head_moments", spy)
     directory = save(make(False), tmp_path / "model")
     windows: list[Tensor] = []
-    monkeypatch.setattr("afpq.api.sample_windows", _noting(afpq.api.sample_windows, windows))  # type: ignore[attr-defined]
+    monkeypatch.setattr("afpq.job.sample_windows", _noting(afpq.job.sample_windows, windows))  # type: ignore[attr-defined]
     quantize(directory, tmp_path / "out", lm_head=True, skip=("layers",))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     read: list[Tensor] = []

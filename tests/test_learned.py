@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import afpq
 from afpq import AfpqConfig, AfpqError, CalibrationSettings, Recipe, parse_scheme
 from afpq.algorithms import books
-from afpq.api import LOG_NAME
+from afpq.carry_out import LOG_NAME
 from afpq.cli import app
 from afpq.config import config_from_json, config_to_json
 from afpq.convert import model_bits, quantize_model

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import afpq
 from afpq import Recipe, parse_scheme
-from afpq.api import CalibrationSettings, Job, execute, prepare
+from afpq.carry_out import execute
 from afpq.data import sample_windows, tokenize, unused_windows, window_starts, windows
 from afpq.errors import AfpqError
 from afpq.evaluate import evaluate, logits_of
+from afpq.job import CalibrationSettings, Job, prepare
 from afpq.loading import load_model, load_tokenizer
 from afpq.measure import MAX_LENGTH, MAX_WINDOWS, Drawn, Sample, SampleFigures, measure_sample, sample_beside, sample_of
 

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import afpq
-from afpq.api import CalibrationSettings, prepare
 from afpq.cli import app
 from afpq.errors import AfpqError
 from afpq.estimate import _calibration_flops, _expert_share
 from afpq.experts import AfpqExperts
 from afpq.info import model_info
+from afpq.job import CalibrationSettings, prepare
 from afpq.linear import AfpqLinear
 from afpq.loading import load_model
 from afpq.plan import Plan

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme, quantize
-from afpq.api import prepare
 from afpq.checkpoint import ShardWriter, digest
+from afpq.job import prepare
 from afpq.kernels import set_compute
 from afpq.linear import AfpqLinear
 from afpq.plan import Plan

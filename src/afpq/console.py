@@ -12,14 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from afpq.api import Job, Outcome
 from afpq.blocks import find_blocks
 from afpq.budget import Choice, share_cells, shares
+from afpq.carry_out import Outcome
 from afpq.checkpoint import write_json
 from afpq.coverage import coverage_warning, kinds_left
 from afpq.errors import AfpqError
 from afpq.estimate import Estimate
 from afpq.folds import folds_of
+from afpq.job import Job
 from afpq.loading import quiet_transformers as quiet_transformers
 from afpq.plan import Plan
 from afpq.report import size_text as size_text
@@ -92,6 +93,12 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.rounded:
         names = ", ".join(outcome.rounded[:4]) + (" and others" if len(outcome.rounded) > 4 else "")
         console.print(f"{len(outcome.rounded)} layers had nothing to learn from and were rounded to nearest: {names}")
+    ended = outcome.end_pass
+    if ended is not None:
+        console.print(
+            f"end pass: KL {ended.kl_before:.4f} -> {ended.kl_after:.4f} on {ended.judging_windows} windows that only "
+            f"judged, kept from step {ended.kept_step} of {ended.steps}"
+        )
     found = outcome.measured
     if isinstance(found, str):
         console.print(f"not measured: {found}")
@@ -114,6 +121,7 @@ def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
         "rounded_to_nearest": list(outcome.rounded),
         "measured": {"reason": found} if isinstance(found, str) else found.to_json(),
         "self_test": outcome.tested,
+        **({} if outcome.end_pass is None else {"end_pass": outcome.end_pass.to_json()}),
     }
 
 

@@ -12,6 +12,8 @@ import torch
 
 from afpq.algorithms import quantize_rtn, with_book
 from afpq.calibrate import BATCH_TOKENS
+from afpq.end_pass import BATCH_TOKENS as BATCH_TOKENS_OF_STEP
+from afpq.end_pass import JUDGES, LOOKS, end_pass_bytes
 from afpq.head import PART
 from afpq.plan import OUTSIDE, Plan, Target
 from afpq.scheme import METHODS
@@ -32,14 +34,22 @@ class Estimate:
 
 def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     """`windows` is (count, length) of the calibration, None for methods that need none."""
+    found = _solving(plan, windows)
+    if windows is None or not plan.recipe.end_pass:
+        return found
+    memory = max(found.memory_bytes, BASE_BYTES + end_pass_bytes(plan))
+    return replace(found, memory_bytes=memory, seconds=found.seconds + _end_pass_flops(plan, windows) / _flops())
+
+
+def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     infos = plan.checkpoint.tensors
     largest = max(info.bytes for info in infos.values())
     scheme = replace(plan.recipe.scheme, format=plan.recipe.scheme.format.start)
     solve = sum(t.elements for t in plan.targets) / _rate(lambda: quantize_rtn(_WEIGHT, scheme, plan.recipe.search))
     solve += _learning(plan)
-    if windows is None:
-        return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
     method, gptq = METHODS[plan.recipe.method], plan.recipe.gptq
+    if windows is None or not method.calibrated:
+        return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
     beside = method.solver == "gptq" and gptq.float_target
     block = max(sum(infos[n].elements for n in unit.tensors) for unit in plan.units if unit.in_blocks)
     outside = sum(infos[n].elements for unit in plan.units if unit.name == OUTSIDE for n in unit.tensors)
@@ -56,6 +66,14 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
         rounding = _rate(lambda: quantize_rtn(_WEIGHT, scheme))
         solve += AWQ_GRID * sum(t.elements for t in plan.targets) / rounding
     return Estimate(memory, states * (4 if beside else 2), solve + flops / _flops())
+
+
+def _end_pass_flops(plan: Plan, windows: tuple[int, int]) -> float:
+    """A step is a pass of the original, and forwards, forwards once more and backwards (two passes) of the result."""
+    elements = sum(info.elements for info in plan.checkpoint.tensors.values())
+    step = 2 * 5 * max(BATCH_TOKENS_OF_STEP, windows[1]) * elements
+    judging = 2 * 2 * (LOOKS + 1) * windows[0] * windows[1] / JUDGES * elements
+    return plan.recipe.end_pass * step + judging
 
 
 def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:

@@ -134,6 +134,8 @@ class Recipe:
     Patterns are regular expressions searched in module names, such as `model.layers.0.self_attn.q_proj`; the first
     override that matches wins. Those of a single name (`exactly`) may be thousands: they are looked up. Raises
     AfpqError for an unknown method or search, or a pattern that does not compile.
+
+    `end_pass`: steps of tuning scales, norms and biases together at the end (`end_pass.py`).
     """
 
     scheme: Scheme
@@ -144,12 +146,15 @@ class Recipe:
     gptq: GptqOptions = field(default_factory=GptqOptions)
     lm_head: Scheme | None = None
     embedding: Scheme | None = None
+    end_pass: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AfpqError(f"method {self.method!r}; known: {', '.join(METHODS)}")
         if self.search not in SCALE_SEARCHES:
             raise AfpqError(f"scale search {self.scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
+        if self.end_pass < 0:
+            raise AfpqError(f"end pass of {self.end_pass} steps: use a positive number, or 0 for none")
         for pattern in (*self.skip, *(p for p, _ in self.overrides if name_of(p) is None)):
             try:
                 re.compile(pattern)

@@ -38,12 +38,12 @@ def compare(
 
     Finished cells are kept in the report's directory: the same command goes on, and other schemes or methods add to it.
     """
-    from afpq.api import CalibrationSettings
     from afpq.comparison.agenda import Question, make_agenda
     from afpq.comparison.compare import Comparison, asymmetries, describe_setting
     from afpq.comparison.findings import sentences
     from afpq.comparison.report import write_comparison
     from afpq.data import read_text
+    from afpq.job import CalibrationSettings
 
     learned = _calibration_text(methods, calibration_text, dataset)
     question = Question(

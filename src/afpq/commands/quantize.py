@@ -124,6 +124,10 @@ def quantize(
     sequential: Annotated[
         bool, typer.Option("--sequential/--no-sequential", help="GPTQ: quantize a block's layers one after the other.")
     ] = True,
+    end_pass: Annotated[
+        int,
+        typer.Option(help="Steps of tuning all scales, norms and biases at the end, towards the original; try 200."),
+    ] = 0,
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="Mixtures: each expert learns from all tokens, not only its own.")
     ] = False,
@@ -134,11 +138,12 @@ def quantize(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
-    from afpq.api import CalibrationSettings, execute, prepare, sensitivities_file
     from afpq.budget import make_budget
+    from afpq.carry_out import execute
     from afpq.data import read_text
     from afpq.estimate import estimate
     from afpq.formats import parse_format
+    from afpq.job import CalibrationSettings, prepare, sensitivities_file
     from afpq.scheme import GptqOptions, Recipe, Scheme, scheme_of_end
 
     scheme = Scheme(parse_format(format), group_size, sym, scale_dtype)
@@ -151,6 +156,7 @@ def quantize(
         GptqOptions(damp, order, sweeps, float_target, sequential),
         scheme_of_end(lm_head, scheme),
         scheme_of_end(embedding, scheme),
+        end_pass,
     )
     settings = CalibrationSettings(samples, seq_len, seed, device, all_experts)
     check_json_place(json)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from afpq.api import CalibrationSettings, Job, prepare
 from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, Fingerprint
 from afpq.comparison.peers import Peer, installed_peers
 from afpq.data import tokenize, windows
 from afpq.decide import make_plan
 from afpq.errors import AfpqError
+from afpq.job import CalibrationSettings, Job, prepare
 from afpq.loading import load_tokenizer, window_length
 from afpq.scheme import METHODS, Recipe, parse_scheme
 from afpq.version import __version__

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afpq.api import LOG_NAME, Job, execute
 from afpq.blocks import find_linears
+from afpq.carry_out import LOG_NAME, execute
 from afpq.checkpoint import digest_value
 from afpq.comparison.agenda import Agenda, Question, Task
 from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, load, save
@@ -40,6 +40,7 @@ from afpq.comparison.tabulate import About
 from afpq.errors import AfpqError
 from afpq.evaluate import Measured, logits_of, measure
 from afpq.info import model_info
+from afpq.job import Job
 from afpq.linear import AfpqLinear
 from afpq.loading import load_model
 from afpq.lock import locked
