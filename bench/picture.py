@@ -62,13 +62,13 @@ class Style:
 
 STYLES = {
     "afpq tune": Style("afpq, tuned", "#00695c", "o", (2.52, 6.2), 56, 2.6),
-    "afpq gptq": Style("afpq, GPTQ", "#26a69a", "o", (3.42, 7.4), 48, 2.0),
+    "afpq gptq": Style("afpq,\nGPTQ", "#26a69a", "o", (4.33, 1.7), 48, 2.0),
     "AutoRound": Style("AutoRound", "#c2410c", "s", (2.05, 26), 46),
     "llama.cpp": Style("llama.cpp", "#2563eb", "D", (2.75, 75), 36, 1.0),
     "llm-compressor": Style("llm-compressor", "#a16207", "v", (3.15, 47)),
     "GPTQModel": Style("GPTQModel", "#be185d", "<", (3.42, 19)),
     "AutoGPTQ": Style("AutoGPTQ", "#4d7c0f", ">", (3.62, 5.4)),
-    "AFPQ authors": Style("AFPQ\nauthors", "#7c3aed", "^", (4.33, 2.45)),
+    "AFPQ authors": Style("AFPQ\nauthors", "#7c3aed", "^", (4.33, 2.7)),
     "HQQ": Style("HQQ", "#57534e", "P", (3.82, 32)),
     "bitsandbytes": Style("bitsandbytes", "#111827", "X", (3.98, 16)),
     "torchao": Style("torchao", "#0e7490", "*", (3.72, 11.5), 90),
