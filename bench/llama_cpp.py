@@ -81,10 +81,10 @@ class Ggml:
 
 def run(protocol: Protocol, model: nn.Module, ggml: Ggml, name: str, importance: dict[str, Tensor]) -> None:
     """Put the weights of a float32 model through the type in place, and measure it; no `importance` is --plain."""
-    start = time.perf_counter()
+    start = time.process_time()
     for layer, linear in linears(model).items():
         linear.weight.data = ggml.round_trip(name, linear.weight, importance.get(layer))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     protocol.add(model, name, method_of(importance), ggml.bits(name), seconds, tool="llama.cpp")
 
 

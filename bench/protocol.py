@@ -50,7 +50,7 @@ class Protocol:
     done: frozenset[tuple[str, str]]
 
     def add(self, model: nn.Module, scheme: str, method: str, bits: float, seconds: float, **notes: Any) -> None:
-        """Measure a model, append its row."""
+        """Measure a model, append its row; `seconds` of the processor, all threads together."""
         result = evaluate(model.float().eval(), self.text, self.reference).to_json()
         row = {"scheme": scheme, "method": method, "bits": bits, "seconds": round(seconds, 1), **result, **notes}
         with open(self.out, "a", encoding="utf-8") as file:
