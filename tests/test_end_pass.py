@@ -19,7 +19,7 @@ from afpq.convert import quantize_model
 from afpq.end_pass import kl, tune_end
 from afpq.evaluate import evaluate, logits_of
 from afpq.loading import load_model
-from afpq.source import WEIGHTS
+from afpq.source import CARD, WEIGHTS
 
 SCHEMES = ("nf3-asym-g32-log8", "nf3-sym-g32", "nf2-asym-g16-float32", "int3-asym-g32")
 
@@ -154,6 +154,7 @@ def test_with_every_method(tiny_copy: Path, tmp_path: Path, method: str) -> None
     told = end_pass_of(tmp_path / "out")
     assert told["kl_after"] <= told["kl_before"] and told["training_windows"] == 14
     assert method != "rtn" or told["kept_step"]
+    assert "8 steps of tuning all scales" in (tmp_path / "out" / CARD).read_text("utf-8")
     load_model(tmp_path / "out")
 
 

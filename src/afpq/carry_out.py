@@ -167,7 +167,7 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
     model = job.name or str(plan.checkpoint.directory)
-    write_card(work.path, Card(model, job.plan, notes, _calibration(job), measured, tested, job.choice))
+    write_card(work.path, Card(model, job.plan, notes, _calibration(job, ended), measured, tested, job.choice))
     write_json(work.path / "config.json", config)
     rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
     return Outcome(measured, tested, rounded, _end_pass(work))
@@ -212,12 +212,15 @@ def _config(job: Job, plan: Plan) -> dict[str, Any]:
         budget = job.choice.budget
         keys["budget"] = {"bits_per_weight": budget.bits_per_weight, "candidates": list(map(str, budget.candidates))}
     keys["made_by"] = f"afpq {__version__}"
-    return {**job.plan.checkpoint.config, "quantization_config": keys}
-
-
-def _calibration(job: Job) -> str | None:
-    """How the method was calibrated, for the card."""
+    return {**job.plan.checkpoint.config, "quantization_config": kdef _calibration(job: Job, ended: EndPass | None) -> str | None:
+    """How the method was calibrated, and what the end pass did, for the card."""
     if job.windows is None:
         return None
     count, length = job.windows.shape
-    return f"Calibration: {count} windows of {length} tokens of {job.text_name}, seed {job.settings.seed}."
+    text = f"Calibration: {count} windows of {length} tokens of {job.text_name}, seed {job.settings.seed}."
+    if ended is None:
+        return text
+    return (
+        f"{text} Then {ended.steps} steps of tuning all scales, norms and biases together: KL {ended.kl_before:.4f} to "
+        f"{ended.kl_after:.4f} on {ended.judging_windows} of these windows, which only judged."
+    )
