@@ -212,7 +212,10 @@ def _config(job: Job, plan: Plan) -> dict[str, Any]:
         budget = job.choice.budget
         keys["budget"] = {"bits_per_weight": budget.bits_per_weight, "candidates": list(map(str, budget.candidates))}
     keys["made_by"] = f"afpq {__version__}"
-    return {**job.plan.checkpoint.config, "quantization_config": kdef _calibration(job: Job, ended: EndPass | None) -> str | None:
+    return {**job.plan.checkpoint.config, "quantization_config": keys}
+
+
+def _calibration(job: Job, ended: EndPass | None) -> str | None:
     """How the method was calibrated, and what the end pass did, for the card."""
     if job.windows is None:
         return None
