@@ -30,7 +30,7 @@ from afpq.pipeline import UnitResult, run
 from afpq.plan import Plan
 from afpq.scheme import DEFAULT_SCHEME, METHODS, Recipe, Scheme, parse_scheme, scheme_of_end
 from afpq.selftest import check_reloaded, check_tensors
-from afpq.sensitivity import GPTQ_KEEPS, Measuring, measured_windows
+from afpq.sensitivity import Measuring, measured_windows
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 from afpq.version import __version__
@@ -67,8 +67,8 @@ class CalibrationSettings:
 
     def measuring(self, windows: Tensor, recipe: Recipe) -> Measuring:
         """How sensitivities are measured on some of the calibration windows, with scales found as they will be."""
-        kept = GPTQ_KEEPS if METHODS[recipe.method].solver == "gptq" else 1.0
-        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, kept)
+        damp = recipe.gptq.damp if METHODS[recipe.method].solver == "gptq" else None
+        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp)
 
 
 @dataclass(frozen=True)
