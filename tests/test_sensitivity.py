@@ -10,11 +10,19 @@ import torch
 from test_gradients import WINDOWS, save
 from torch import Tensor
 
-from afpq.algorithms import quantize_rtn
+from afpq.algorithms import quantize_gptq, quantize_rtn
 from afpq.decide import make_plan
 from afpq.gradients import Gram, Tap
-from afpq.scheme import Recipe, parse_scheme
-from afpq.sensitivity import GroupLosses, Measuring, layer_errors, measure_losses, measured_windows
+from afpq.scheme import Recipe, Scheme, parse_scheme
+from afpq.sensitivity import (
+    GPTQ_SHARE,
+    GroupLosses,
+    Measuring,
+    gptq_share,
+    layer_errors,
+    measure_losses,
+    measured_windows,
+)
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 
@@ -93,8 +101,35 @@ def test_a_layer_whose_inputs_are_zero_costs_nothing() -> None:
     assert errors.scattered.tolist() == [0, 0, 0] and errors.common.tolist() == 3 * [[0, 0, 0]]
 
 
+def moving(tokens: int, width: int, smooth: float) -> Tensor:
+    """Inputs whose neighbours are alike."""
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    for column in range(1, width):
+        x[:, column] = smooth * x[:, column - 1] + (1 - smooth**2) ** 0.5 * x[:, column]
+    return x
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.6, 0.95])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_share_that_gptq_leaves_is_what_it_leaves(smooth: float, scheme: Scheme) -> None:
+    gram, W = Gram(), torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    gram.add(moving(6000, 96, smooth))
+    assert gram.H is not None
+    nearest = quantize_rtn(W, scheme, "mse", gram.diagonal()).dequantize() - W
+    solved = quantize_gptq(W, gram.H, scheme)[0].dequantize() - W
+    left = gram.product(solved, solved).sum() / gram.product(nearest, nearest).sum()
+    assert gptq_share(gram, 0.01) == pytest.approx(left.item(), rel=0.35)
+
+
+def test_the_share_is_a_usual_one_where_few_tokens_tell() -> None:
+    few, zero = Gram(), Gram()
+    few.add(moving(150, 96, 0.9))
+    zero.add(torch.zeros(300, 96))
+    assert gptq_share(few, 0.01) == gptq_share(zero, 0.01) == GPTQ_SHARE
+
+
 def test_windows_are_cut_and_spread() -> None:
     windows = torch.arange(100)[:, None] * 10_000 + torch.arange(2048)
     found = measured_windows(windows)
-    assert found.shape == (16, 512) and found[0, 0] == 0 and found[-1, 0] == 990_000
+    assert found.shape == (32, 512) and found[0, 0] == 0 and found[-1, 0] == 990_000
     assert torch.equal(measured_windows(windows[:3, :7]), windows[:3, :7])

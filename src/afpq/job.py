@@ -23,7 +23,7 @@ from afpq.loading import load_tokenizer, require_next_token, window_length
 from afpq.measure import Drawn, Sample, sample_beside, sample_of
 from afpq.plan import Plan
 from afpq.scheme import METHODS, Recipe
-from afpq.sensitivity import GPTQ_KEEPS, Measuring, measured_windows
+from afpq.sensitivity import Measuring, measured_windows
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
 from afpq.version import __version__
@@ -59,8 +59,8 @@ class CalibrationSettings:
 
     def measuring(self, windows: Tensor, recipe: Recipe) -> Measuring:
         """How sensitivities are measured on some of the calibration windows, with scales found as they will be."""
-        kept = GPTQ_KEEPS if METHODS[recipe.method].solver == "gptq" else 1.0
-        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, kept)
+        damp = recipe.gptq.damp if METHODS[recipe.method].solver == "gptq" else None
+        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp)
 
 
 @dataclass(frozen=True)

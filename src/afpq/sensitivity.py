@@ -11,8 +11,8 @@ drawn from the model's own predictions (Fisher's information). The errors have t
   (a tenth at 2 bits, 2 percent at 3). Over a window that costs 1/2 E (sum_n e_n sum_t g_t o_t)^2, n being the linears
   of the group, o their outputs. It falls with the square of the error, so it matters at 2 bits.
 
-dW is the error of rounding to nearest. Of solvers that leave the share `kept` of it, the first part is multiplied by
-`kept` and the second by its square.
+dW is the error of rounding to nearest. GPTQ leaves a share of its square, from 0.04 to 0.6, that depends on the inputs
+and hardly on the scheme (docs/LOG.md): see `gptq_share`.
 
 Gradients and inputs come from one pass forwards and one backwards, a block at a time (`gradients.py`), over TOKENS
 tokens.
@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from afpq.algorithms import quantize_rtn
-from afpq.gradients import Progress, Tap, Walk
+from afpq.algorithms import SingularHessian, quantize_rtn
+from afpq.algorithms.gptq import factorize
+from afpq.gradients import Gram, Progress, Tap, Walk
 from afpq.plan import Plan, Target
 from afpq.scheme import Scheme
 from afpq.solve import named
 
-TOKENS, LENGTH = 8192, 512  # of the calibration text: how many, and of a window the first so many
-GPTQ_KEEPS = 0.4  # of the squared output error of rounding to nearest, at 3 and at 4 bits (docs/LOG.md)
+TOKENS, LENGTH = 16384, 512  # of the calibration text: how many, and of a window the first so many
+GPTQ_SHARE = 0.4  # what GPTQ leaves of the squared output error, where too few tokens tell
 SAMPLED, ROWS = 2**16, 4  # weights of a group that are rounded to try a scheme; rows of a layer, at least
 
 
@@ -55,15 +56,14 @@ class GroupLosses:
 class Measuring:
     """How to measure: windows of tokens [count, length], the seed of the text that is drawn, and a device.
 
-    `search` is the scale search that the schemes will be used with; `kept` what the solver leaves of the squared error
-    of rounding to nearest.
+    `search` is the scale search that the schemes will be used with, `damp` GPTQ's damping where that is the solver.
     """
 
     windows: Tensor
     seed: int
     device: torch.device
     search: str
-    kept: float = 1.0
+    damp: float | None = None
 
 
 def measured_windows(windows: Tensor) -> Tensor:
@@ -121,19 +121,24 @@ def _block_losses(
         members = {name: target for kind in together for name, target in kinds.pop(kind, {}).items()}
         if members:
             found = []
+            shares: dict[int, float] = {}  # by Gram: one for all readers of a tensor
             for name in members.keys() & taps.keys():
                 with named(members[name].tensor):
                     W = plan.checkpoint.read_stored(members[name].stored).to(how.device, torch.float32)
                     limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
-                    found.append(layer_errors(W, taps[name], schemes, how.search, limit))
+                    gram = taps[name].gram
+                    if how.damp is not None and id(gram) not in shares:
+                        shares[id(gram)] = gptq_share(gram, how.damp)
+                    errors = layer_errors(W, taps[name], schemes, how.search, limit)
+                    found.append(errors.times(shares.get(id(gram), 1.0)))
             yield GroupLosses(tuple(target.module for target in members.values()), _total(found, how))
 
 
 def _total(found: Sequence[LayerErrors], how: Measuring) -> tuple[float, ...]:
-    """A group's losses, KL a token."""
+    """A group's losses, KL a token; at least one text token reached it."""
     scattered = torch.stack([errors.scattered for errors in found]).sum(0)
     common = torch.stack([errors.common for errors in found]).sum(0).square().sum(1)
-    losses: list[float] = ((how.kept * scattered + how.kept**2 * common) / (2 * how.windows.numel())).tolist()
+    losses: list[float] = ((scattered + common) / (2 * how.windows.numel())).tolist()
     return tuple(losses)
 
 
@@ -144,6 +149,31 @@ class LayerErrors:
 
     scattered: Tensor
     common: Tensor
+
+    def times(self, share: float) -> LayerErrors:
+        """Of a solver that leaves this share of the squared error; what is in common is in proportion to that."""
+        return LayerErrors(share * self.scattered, share * self.common)
+
+
+def gptq_share(gram: Gram, damp: float) -> float:
+    """What GPTQ leaves of the squared output error of rounding to nearest, whatever the scheme.
+
+    GPTQ corrects an error in column j by the columns still to come, so what remains of it is the variance of input j
+    given those: the sum of these over the sum of all variances. In GPTQ's terms (Hinv = U^T U) the error is dW = -e U,
+    and (U H U^T)_jj / U_jj^2 that variance; it is too small by (T - k) / T, being fitted to T tokens with k columns.
+    """
+    width = len(gram.diagonal())
+    if gram.H is None or gram.tokens < 2 * width:
+        return GPTQ_SHARE
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    try:
+        U = factorize(gram.H, damp, order).U
+    except SingularHessian:
+        return GPTQ_SHARE
+    left = ((U @ gram.H[order][:, order]) * U).sum(1) / U.diagonal().square()
+    behind = torch.arange(width - 1, -1, -1, device=left.device)
+    share = (left * gram.tokens / (gram.tokens - behind)).sum() / gram.diagonal().sum()
+    return min(1.0, share.item())
 
 
 def layer_errors(W: Tensor, tap: Tap, schemes: Sequence[Scheme], search: str, limit: int) -> LayerErrors:
