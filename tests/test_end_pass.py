@@ -18,6 +18,7 @@ from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme
 from afpq.convert import quantize_model
 from afpq.end_pass import kl, tune_end
 from afpq.evaluate import evaluate, logits_of
+from afpq.job import prepare
 from afpq.loading import load_model
 from afpq.source import CARD, WEIGHTS
 
@@ -190,6 +191,9 @@ def test_bad_wishes(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         afpq.quantize(tiny_copy, tmp_path / "out", end_pass=5)
     with pytest.raises(AfpqError, match="end pass of -1 steps"):
         afpq.quantize(tiny_copy, tmp_path / "out", end_pass=-1)
+    one = afpq.CalibrationSettings(samples=1, seq_len=24)
+    with pytest.raises(AfpqError, match="needs 2 windows"):
+        prepare(tiny_copy, Recipe(parse_scheme("nf3-asym-g32"), end_pass=5), text=TEXT, settings=one)
     monkeypatch.setattr("afpq.carry_out.available_memory", lambda: 1000)
     with pytest.raises(AfpqError, match="Do without --end-pass"):
         afpq.quantize(tiny_copy, tmp_path / "out", **OPTIONS)
@@ -198,7 +202,7 @@ def test_bad_wishes(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_too_few_windows(tiny_model_dir: Path) -> None:
     model, original = pair(tiny_model_dir, "nf3-asym-g32")
-    with pytest.raises(AfpqError, match="at least 2 windows"):
+    with pytest.raises(AfpqError, match="needs 2 windows"):
         tune_end(model, original, random_windows(1), 4, 0, {})
 
 

@@ -11,6 +11,7 @@ from afpq.coverage import warn_of_left
 from afpq.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.ends import Ends, settle_recipe, untie
 from afpq.errors import AfpqError
+from afpq.formats import repeated_books
 from afpq.linear import AfpqLinear, PackedModule
 from afpq.pipeline import solve
 from afpq.scheme import METHODS, Recipe
@@ -66,6 +67,7 @@ def model_bits(model: nn.Module) -> float:
     """True bits per quantized weight of a model in memory; 0 if it has none."""
     layers = [m for m in model.modules() if isinstance(m, PackedModule) and not isinstance(m, AfpqTiedHead)]
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.packed().values())
-    stored += sum(layer.scheme.format.book_bytes for layer in layers)
+    formats = [layer.scheme.format for layer in layers]
+    stored += sum(format.book_bytes for format in formats) - repeated_books(formats)
     weights = sum(layer.rows * layer.columns for layer in layers)
     return 8 * stored / weights if weights else 0.0

@@ -192,7 +192,7 @@ def tune_end(
     windows, and where the model's outputs are NaN or Inf.
     """
     if len(windows) < 2:
-        raise AfpqError("the end pass needs at least 2 windows: one to learn from, one to judge by (--samples)")
+        raise AfpqError("the end pass needs 2 windows, to learn from and to judge by: more --samples or text")
     judging = windows[:: max(2, min(JUDGES, len(windows)))]
     chosen = torch.ones(len(windows), dtype=torch.bool)
     chosen[:: max(2, min(JUDGES, len(windows)))] = False

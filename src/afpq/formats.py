@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -70,6 +72,15 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+
+def repeated_books(formats: Iterable[Format]) -> int:
+    """Bytes that `book_bytes` counts once too often for each further weight of the same book, which is written once.
+
+    `formats` are those of all weights; a learned one stands for another book every time.
+    """
+    counts = Counter(format for format in formats if not format.learned)
+    return sum((count - 1) * format.book_bytes for format, count in counts.items())
 
 
 def _integer(bits: int) -> Format:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from afpq.coverage import kinds_left
+from afpq.formats import repeated_books
 from afpq.source import open_checkpoint
 from afpq.stored import stored_layers
 
@@ -73,9 +74,11 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     in_layers = sum(layer.elements for layer in inside)
     plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
     total = quantized + sum(info.elements for info in plain.values())
-    books = sum(layer.scheme.format.book_bytes for layer in stored)
+    formats = [layer.scheme.format for layer in stored]
+    books = sum(format.book_bytes for format in formats) - repeated_books(formats)
     every = sum(parts.values()) + sum(info.bytes for info in plain.values()) + books
-    bits = sum(layer.bits_per_weight * layer.elements for layer in inside) if stored else 8 * every
+    again = repeated_books(layer.scheme.format for layer in inside)
+    bits = sum(layer.bits_per_weight * layer.elements for layer in inside) - 8 * again if stored else 8 * every
     covered = sum(layer.elements for layer in stored if not layer.end)
     left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
     return ModelInfo(

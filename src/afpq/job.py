@@ -142,6 +142,10 @@ def prepare(
     if taught and text is not None:
         drawn = Drawn(tokens(text), settings.samples, length, settings.seed)
         windows = sample_windows(drawn.tokens, drawn.count, drawn.length, drawn.seed)
+        if recipe.end_pass and len(windows) < 2:
+            raise AfpqError(
+                "the end pass needs 2 windows, one to learn from and one to judge by: more --samples or text"
+            )
     if measured and eval_text is not None:
         sample = sample_of(tokens(eval_text), length, names[1])
     elif measured and drawn is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from afpq.ends import NO_ENDS, Ends
+from afpq.formats import repeated_books
 from afpq.packing import Spec, layout, spec_bytes, stored_bytes
 from afpq.scheme import Recipe, Scheme, exactly
 from afpq.source import Checkpoint, Stored
@@ -144,12 +145,14 @@ class Plan:
     def bits_per_weight(self) -> float:
         """True bits of a quantized weight of the blocks, or of the ends where there is no other."""
         targets = self.block_targets or self.targets
-        return 8 * sum(t.bytes for t in targets) / sum(t.elements for t in targets)
+        stored = sum(t.bytes for t in targets) - repeated_books(t.scheme.format for t in targets)
+        return 8 * stored / sum(t.elements for t in targets)
 
     @property
     def file_bits_per_weight(self) -> float:
         """Bits of everything that is saved, over the weights of the original."""
-        books = sum(target.scheme.format.book_bytes for target in self.targets)
+        formats = [target.scheme.format for target in self.targets]
+        books = sum(format.book_bytes for format in formats) - repeated_books(formats)
         return 8 * (self.output_bytes + books) / sum(info.elements for info in self.checkpoint.tensors.values())
 
     def with_schemes(self, schemes: Mapping[str, Scheme]) -> Plan:
