@@ -21,7 +21,7 @@ HALVINGS = 200
 
 
 def choose_options(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """costs[g][k], whole numbers >= 0, and losses[g][k] of option k of group g -> the option chosen for each group.
+    """`costs[g][k]`, whole numbers >= 0, and `losses[g][k]` of option k of group g -> the option chosen for each group.
 
     Raises AfpqError where even the cheapest options cost more than the budget.
     """
