@@ -18,9 +18,9 @@ from accuracy import table
 from torch import Tensor, nn
 
 import afpq
-from afpq.api import prepare
 from afpq.data import tokenize, windows
 from afpq.evaluate import evaluate, logits_of
+from afpq.job import prepare
 from afpq.loading import load_model, load_tokenizer
 
 

@@ -35,7 +35,7 @@ from afpq.calibrate import (
 from afpq.errors import AfpqError
 from afpq.experts import find_experts
 from afpq.groups import QuantizedWeight
-from afpq.head import head_moments, rounded_embedding, solve_in_parts
+from afpq.head import fill_outside, head_moments, rounded_embedding, solve_in_parts
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, UnitResult, unit_tensors
 from afpq.plan import HEAD, Plan, Target, Unit
@@ -110,7 +110,7 @@ class _Runner:
 
     def capture(self, finished: Container[str]) -> None:
         """Record which blocks are called, and how; also store what enters the first, unless that is finished."""
-        self._fill_outside()
+        fill_outside(self.model, self.blocks, self.plan, head=False)
         stores: list[Activations] = []
 
         def write(first: str, rows: slice, hidden: Tensor) -> None:
@@ -127,20 +127,6 @@ class _Runner:
             with rounded_embedding(self.model, self.recipe):
                 capture(self.model, self.blocks, self.windows, write)
         self.blocks = [blocks[name] for name in self.calls]
-
-    def _fill_outside(self) -> None:
-        """Load the parameters the model needs before its blocks; the head stays on the meta device."""
-        head = self.model.get_output_embeddings()
-        inside = {id(p) for block in self.blocks for p in block.module.parameters()}
-        embedding = self.model.get_input_embeddings()
-        for name, parameter in list(self.model.named_parameters()):
-            unused = head is not None and parameter is getattr(head, "weight", None) and head is not embedding
-            tied = embedding is not None and parameter is getattr(embedding, "weight", None)
-            if id(parameter) in inside or (unused and not tied) or name not in self.plan.names:
-                continue
-            parent, _, leaf = name.rpartition(".")
-            value = self.plan.checkpoint.read_stored(self.plan.names[name]).float()
-            setattr(self.model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
 
     def run_head(self, unit: Unit) -> UnitResult:
         """Quantize the head, from what leaves the last block."""

@@ -135,8 +135,8 @@ def _tuned(job: Job, work: WorkDirectory, progress: Progress | None) -> tuple[di
 
     places = vector_places(plan)
     outputs = plan.outputs()
-    notes = [note for unit in plan.units for note in work.finished[unit.name]]
-    with work.as_published(_config(job, settled(plan, notes))) as directory, quiet_transformers():
+    config = _config(job, settled(plan, _notes(plan, work)), None)
+    with work.as_published(config) as directory, quiet_transformers():
         original = load_model(plan.checkpoint.directory, trust, str(settings.torch_device()))
         model = load_model(directory, trust, str(settings.torch_device()))
     vectors = {name: outputs[tensor][0] for name, tensor in places.items()}
@@ -150,16 +150,14 @@ def _tuned(job: Job, work: WorkDirectory, progress: Progress | None) -> tuple[di
 def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outcome:
     """Everything beside the weights; config.json comes last: with it the directory is a model."""
     trust = job.trust_remote_code
-    notes = [note for unit in job.plan.units for note in work.finished[unit.name]]
+    notes, ended = _notes(job.plan, work), _end_pass(work)
     plan = settled(job.plan, notes)
     if job.choice is not None:
         write_json(work.path / SENSITIVITIES, job.choice.to_json())
     (work.path / LOG_NAME).write_text("\n".join(map(json.dumps, notes)) + "\n", "utf-8")
     for path in plan.checkpoint.companions():
         shutil.copyfile(path, work.path / path.name)
-    config, ended = _config(job, plan), _end_pass(work)
-    if ended is not None:
-        config["quantization_config"]["end_pass"] = ended.to_json()
+    config = _config(job, plan, ended)
     with work.as_published(config) as directory:
         written = open_checkpoint(directory)
         check_tensors(written, plan.outputs(), work.digests)
@@ -170,7 +168,12 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
     write_card(work.path, Card(model, job.plan, notes, _calibration(job, ended), measured, tested, job.choice))
     write_json(work.path / "config.json", config)
     rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
-    return Outcome(measured, tested, rounded, _end_pass(work))
+    return Outcome(measured, tested, rounded, ended)
+
+
+def _notes(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
+    """What was noted of each layer, in the plan's order."""
+    return [note for unit in plan.units for note in work.finished[unit.name]]
 
 
 def _end_pass(work: WorkDirectory) -> EndPass | None:
@@ -198,7 +201,7 @@ def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFig
     return measure_sample(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
 
 
-def _config(job: Job, plan: Plan) -> dict[str, Any]:
+def _config(job: Job, plan: Plan, ended: EndPass | None) -> dict[str, Any]:
     """config.json of the result, whose plan has been carried out."""
     keys = config_to_json(plan.recipe, plan.kept)
     if job.windows is not None:
@@ -211,6 +214,8 @@ def _config(job: Job, plan: Plan) -> dict[str, Any]:
     if job.choice is not None:
         budget = job.choice.budget
         keys["budget"] = {"bits_per_weight": budget.bits_per_weight, "candidates": list(map(str, budget.candidates))}
+    if ended is not None:
+        keys["end_pass"] = ended.to_json()
     keys["made_by"] = f"afpq {__version__}"
     return {**job.plan.checkpoint.config, "quantization_config": keys}
 

@@ -12,6 +12,7 @@ among them, so the pass never ends worse than it began. Both models are in memor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,8 +30,7 @@ from afpq.linear import AfpqLinear
 from afpq.packing import to_tensors
 from afpq.plan import Plan
 from afpq.scales import stored
-from afpq.scheme import Scheme
-from afpq.selftest import loaded_bytes
+from afpq.selftest import loaded_bytes, original_bytes, vocabulary
 from afpq.source import Stored
 
 RATE = 0.004  # of Adam, falling to 0 in a straight line; scales move by ratio, vectors relative to their size
@@ -55,16 +55,21 @@ class EndPass:
         return asdict(self)
 
 
-class _Storage(torch.autograd.Function):
-    """Scales as the scheme stores them; the gradient passes as if they were not rounded."""
+class _Rounded(torch.autograd.Function):
+    """(exact, rounded) -> rounded, whose gradient goes to exact as if it had not been rounded."""
 
     @staticmethod
-    def forward(ctx: Any, size: Tensor, scheme: Scheme) -> Tensor:
-        return stored(size, scheme, saturate=True).float()
+    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0], None
+
+
+def _rounded(exact: Tensor, rounded: Tensor) -> Tensor:
+    result: Tensor = _Rounded.apply(exact, rounded.detach().float())  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Scales:
@@ -79,11 +84,10 @@ class _Scales:
 
     def stored(self) -> GroupScales:
         """As they would be saved, signs kept."""
-        sides = [
-            _Storage.apply(side.abs() * move.exp(), self.weight.scheme) * side.sign()  # type: ignore[no-untyped-call]
-            for side, move in zip(self.sides, self.moves)
-        ]
-        return GroupScales(sides[0], sides[-1], self.weight.scales.zero)
+        sizes = [side.abs() * move.exp() for side, move in zip(self.sides, self.moves)]
+        saved = [_rounded(size, stored(size.detach(), self.weight.scheme, saturate=True)) for size in sizes]
+        signed = [size * side.sign() for size, side in zip(saved, self.sides)]
+        return GroupScales(signed[0], signed[-1], self.weight.scales.zero)
 
     def matrix(self) -> Tensor:
         """[out, in] float32, differentiable in the moves."""
@@ -95,25 +99,22 @@ class _Scales:
         """The saved tensors of the scales as they are now."""
         with torch.no_grad():
             new, old = self.stored(), self.weight
-            dtype = old.scales.pos.dtype
-            neg = new.neg.to(dtype) if old.scheme.two_scales else new.pos.to(dtype)
-            pos = new.pos.to(dtype)
-            scales = GroupScales(pos, neg if old.scheme.two_scales else pos, old.scales.zero)
-            found = to_tensors(QuantizedWeight(old.codes, scales, old.scheme))
+            pos, neg = (side.to(old.scales.pos.dtype) for side in (new.pos, new.neg))
+            found = to_tensors(QuantizedWeight(old.codes, GroupScales(pos, neg, new.zero), old.scheme))
         return {name: tensor for name, tensor in found.items() if name.startswith("scales")}
 
 
 class _Vector:
-    """A parameter of one dimension plus `move` times its size; saved in `dtype`."""
+    """A parameter of one dimension plus `move` times its size; saved in `dtype`, whatever the model computes in."""
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
-        self.value, self.dtype = value.detach().float(), dtype
+        self.value, self.computed, self.dtype = value.detach().float(), value.dtype, dtype
         self.size = max(self.value.square().mean().sqrt().item(), 1e-3)
         self.move = torch.zeros_like(self.value, requires_grad=True)
 
     def stored(self) -> Tensor:
         exact = self.value + self.size * self.move
-        return exact + (exact.to(self.dtype).float() - exact).detach()
+        return _rounded(exact, exact.to(self.dtype)).to(self.computed)
 
 
 class _Tuned:
@@ -169,10 +170,8 @@ def vector_places(plan: Plan) -> dict[str, str]:
 
 def end_pass_bytes(plan: Plan) -> int:
     """Memory of both models, of the codes a byte each, and of a step's logits."""
-    infos = plan.checkpoint.tensors.values()
-    vocabulary = max((info.shape[0] for info in infos if len(info.shape) == 2), default=0)
-    floats = sum(max(4 * info.elements, info.bytes) for info in infos)
-    return floats + loaded_bytes(plan) + sum(t.elements for t in plan.targets) + 6 * 4 * vocabulary * BATCH_TOKENS
+    codes, logits = sum(t.elements for t in plan.targets), 6 * 4 * vocabulary(plan) * BATCH_TOKENS
+    return original_bytes(plan) + loaded_bytes(plan) + codes + logits
 
 
 def kl(reference: Tensor, logits: Tensor) -> Tensor:
@@ -193,10 +192,9 @@ def tune_end(
     """
     if len(windows) < 2:
         raise AfpqError("the end pass needs 2 windows, to learn from and to judge by: more --samples or text")
-    judging = windows[:: max(2, min(JUDGES, len(windows)))]
-    chosen = torch.ones(len(windows), dtype=torch.bool)
-    chosen[:: max(2, min(JUDGES, len(windows)))] = False
-    training = windows[chosen]
+    windows = windows.to(next(original.parameters()).device)
+    judges = torch.arange(len(windows)) % min(JUDGES, len(windows)) == 0
+    judging, training = windows[judges], windows[~judges]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     tuned = _Tuned(model, vectors)
@@ -230,17 +228,19 @@ def tune_end(
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    result: Tensor = model(ids.to(next(model.parameters()).device), use_cache=False).logits
+    result: Tensor = model(ids, use_cache=False).logits
     return result
 
 
 @torch.no_grad()
 def _judge(tuned: _Tuned, original: nn.Module, windows: Tensor) -> float:
-    """Mean KL over the windows. Raises AfpqError where it is not finite."""
-    device = next(original.parameters()).device
-    losses = [kl(_logits(original, w[None]), tuned.logits(w[None].to(device))).item() for w in windows]
+    """Mean KL over the windows. Raises AfpqError where it is not finite.
+
+    The original's logits are computed anew each time: those of a few windows of a large vocabulary are gigabytes.
+    """
+    losses = [kl(_logits(original, w), tuned.logits(w)).item() for w in windows.split(1)]
     mean = sum(losses) / len(losses)
-    if mean != mean or mean == float("inf"):
+    if not math.isfinite(mean):
         raise AfpqError("the end pass: the model's outputs are NaN or Inf on the calibration text")
     return mean
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from afpq.blocks import Block, find_blocks
 from afpq.calibrate import Activations, BlockCall, advance, capture, materialize, move
 from afpq.errors import AfpqError
-from afpq.head import standing_in
+from afpq.head import fill_outside, standing_in
 from afpq.plan import Plan
 from afpq.solve import named
 
@@ -91,21 +91,6 @@ class Walk:
         stored = {name: place for name, place in self.plan.names.items() if name.startswith(prefix)}
         tensors = {name.removeprefix(prefix): self.plan.checkpoint.read_stored(s) for name, s in stored.items()}
         return materialize(block.module, tensors, self.device)
-
-
-def fill_outside(model: PreTrainedModel, blocks: list[Block], plan: Plan) -> None:
-    """Load every parameter outside the blocks, the head's too, as float32."""
-    inside = tuple(f"{block.name}." for block in blocks)
-    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    values: dict[str, nn.Parameter] = {}
-    for name, _ in list(model.named_parameters(remove_duplicate=False)):
-        source = name if name in plan.names else ties.get(name, name)
-        if name.startswith(inside) or source not in plan.names:
-            continue
-        if source not in values:
-            values[source] = nn.Parameter(plan.checkpoint.read_stored(plan.names[source]).float(), False)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, values[source])
 
 
 def loss_gradients(

@@ -21,12 +21,31 @@ from afpq.calibrate import Activations, BlockCall, Moments, batch_size, input_of
 from afpq.groups import QuantizedWeight, with_grid
 from afpq.packing import to_tensors
 from afpq.pipeline import LayerLog, solve
-from afpq.plan import Target
+from afpq.plan import Plan, Target
 from afpq.scheme import Recipe
 
 PART = 2**26  # weights of a head solved at a time: as many as a large layer of a block has
 Solver = Callable[[Tensor, Moments | None, Target, Recipe], tuple[QuantizedWeight, LayerLog]]
 WHOLE = BlockCall((), {"use_cache": False}, False)
+
+
+def fill_outside(model: PreTrainedModel, blocks: list[Block], plan: Plan, head: bool = True) -> None:
+    """Load the parameters outside the blocks as float32; without `head`, one that is no embedding stays as it is."""
+    inside = tuple(f"{block.name}." for block in blocks)
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    alone = None if head or output is embedding else getattr(output, "weight", None)
+    if alone is not None and alone is getattr(embedding, "weight", None):
+        alone = None  # a tied one is there with the embedding
+    values: dict[str, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        source = name if name in plan.names else ties.get(name, name)
+        if name.startswith(inside) or source not in plan.names or parameter is alone:
+            continue
+        if source not in values:
+            values[source] = nn.Parameter(plan.checkpoint.read_stored(plan.names[source]).float(), False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, values[source])
 
 
 @contextmanager

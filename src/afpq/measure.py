@@ -23,7 +23,7 @@ from afpq.evaluate import BATCH_TOKENS, Evaluation, evaluate, logits_of
 from afpq.loading import load_model, quiet_transformers
 from afpq.memory import available_device_memory, available_memory
 from afpq.plan import Plan
-from afpq.selftest import loaded_bytes
+from afpq.selftest import loaded_bytes, original_bytes, vocabulary
 
 MAX_WINDOWS, MAX_LENGTH = 16, 512
 
@@ -102,12 +102,10 @@ def measure_sample(
 
 def _needed(plan: Plan, cuda: bool) -> int:
     """Bytes of both models, of both batches of logits and of the distributions of a window."""
-    vocabulary = max(info.shape[0] for info in plan.checkpoint.tensors.values() if len(info.shape) == 2)
-    logits = 4 * vocabulary * (2 * BATCH_TOKENS + 8 * MAX_LENGTH)
+    logits = 4 * vocabulary(plan) * (2 * BATCH_TOKENS + 8 * MAX_LENGTH)
     if cuda:
         return plan.input_bytes + plan.output_bytes + logits
-    floats = sum(max(4 * info.elements, info.bytes) for info in plan.checkpoint.tensors.values())
-    return floats + loaded_bytes(plan) + logits
+    return original_bytes(plan) + loaded_bytes(plan) + logits
 
 
 def _noting_losses(logits: Iterable[Tensor], windows: Tensor, losses: list[float]) -> Iterator[Tensor]:

@@ -73,6 +73,16 @@ def loaded_bytes(plan: Plan) -> int:
     return packed + sum(max(4 * info.elements, info.bytes) for name, info in infos.items() if name not in replaced)
 
 
+def original_bytes(plan: Plan) -> int:
+    """Memory of the loaded original on a CPU: all of it in float32."""
+    return sum(max(4 * info.elements, info.bytes) for info in plan.checkpoint.tensors.values())
+
+
+def vocabulary(plan: Plan) -> int:
+    """Tokens the model knows, or a number above that: the most rows a matrix has."""
+    return max((info.shape[0] for info in plan.checkpoint.tensors.values() if len(info.shape) == 2), default=0)
+
+
 def _check_state(model: nn.Module, written: Checkpoint, plan: Plan) -> None:
     """Every layer has its scheme, and every tensor arrived."""
     state = model.state_dict()
