@@ -5,7 +5,8 @@
         --calibration-text ../shared/text/calibration.txt --out accuracy.jsonl
 
 The protocol is that of docs/LOG.md: the first `--windows` windows of `--seq-len` tokens, calibration on `--samples`
-windows. Rows already in `--out` are not run again; the table is printed at the end.
+windows. Rows already in `--out` are not run again; the table is printed at the end. A method is one of `afpq quantize`,
+with the scale search behind a colon and the steps of an end pass behind `+end`: rtn:mse, tune+end100.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ def schemes(formats: list[str]) -> list[str]:
 
 def run(arguments: argparse.Namespace, scheme: str, method: str, text: Any, reference: list[Any]) -> dict[str, Any]:
     """Quantize into a scratch directory, load, measure."""
-    method_name, _, search = method.partition(":")
+    solver, _, steps = method.partition("+end")
+    method_name, _, search = solver.partition(":")
     options: dict[str, Any] = {"scale_search": search} if search else {}
+    options["end_pass"] = int(steps or 0)
     if scheme.startswith(BUDGET):  # its sensitivities are measured once, and kept beside the rows
         options["bits_per_weight"] = float(scheme.removeprefix(BUDGET))
         options["sensitivities"] = arguments.out.with_suffix(f".{method_name}.sensitivities.json")
     settings = afpq.CalibrationSettings(arguments.samples, arguments.seq_len)
     calibration = (
         None
-        if method_name == "rtn" and not scheme.startswith(BUDGET)
+        if method_name == "rtn" and not steps and not scheme.startswith(BUDGET)
         else arguments.calibration_text.read_text("utf-8")
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,6 +57,7 @@ def run(arguments: argparse.Namespace, scheme: str, method: str, text: Any, refe
             method=method_name,
             text=calibration,
             settings=settings,
+            measured=False,
             **options,
         )
         seconds = time.perf_counter() - start

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from conftest import save_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,7 +55,10 @@ def test_the_output_error_falls_and_the_result_loads(tiny_model_dir: Path, tmp_p
     entries = logs(tmp_path / "out")
     assert len(entries) == 14 and {entry["method"] for entry in entries} == {method}
     before = sum(float(str(entry["output_error_before"])) for entry in entries)
-    assert sum(float(str(entry["output_error"])) for entry in entries) < (0.8 if "gptq" in method else 1) * before
+    assert (
+        sum(float(str(entry["output_error"])) for entry in entries)
+        < (0.8 if METHODS[method].solver == "gptq" else 1) * before
+    )
     assert all(entry["tokens"] == 6 * 48 for entry in entries)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     logits = model(torch.arange(20)[None]).logits
@@ -102,6 +107,17 @@ def test_no_text_or_too_little_is_an_error(tiny_model_dir: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
+def test_gradients_that_teach_nothing_leave_gptq_with_a_note(fill: float) -> None:
+    W, X = torch.randn(8, 16), torch.randn(64, 16)
+    target = Target("layer", Stored("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
+    moments = Moments(X.T @ X, torch.zeros(16, 16), 64)
+    weight, log = solve_layer(W, moments, target, Recipe(target.scheme, "tune"), torch.full((8, 8), fill))
+    gptq, _ = solve_layer(W, moments, target, Recipe(target.scheme, "gptq"))
+    assert torch.equal(weight.codes, gptq.codes)
+    assert log.method == "gptq" and log.note is not None and "gradients" in log.note
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_useless_activations_fall_back_to_rounding_with_a_note(fill: float, method: str) -> None:
     W = torch.randn(8, 16)
@@ -141,7 +157,7 @@ def start(model: Path, out: Path, text: Path, method: str) -> subprocess.Popen[b
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(model), str(out), str(text), method])
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq", "tune"])
 def test_killed_at_random_points_it_ends_with_the_same_bits(
     make_model: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
@@ -168,6 +184,31 @@ def test_killed_at_random_points_it_ends_with_the_same_bits(
     assert equal(whole, load_file(out / "model.safetensors"))
     assert [entry["module"] for entry in logs(out)] == [entry["module"] for entry in logs(tmp_path / "whole")]
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_stopped_while_gradients_are_taken_it_takes_them_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole = quantize(tiny_model_dir, tmp_path / "whole", "tune")
+    reports: list[str] = []
+
+    def stop(text: str, _done: int, _total: int) -> None:
+        reports.append(text)
+        if len(reports) == 4 and "backwards" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_model_dir, tmp_path / "out", "tune", progress=stop)
+    assert equal(whole, quantize(tiny_model_dir, tmp_path / "out", "tune", progress=stop))
+    assert reports[4:8] == reports[:4]
+
+
+def test_a_model_without_predictions_cannot_be_tuned(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(AfpqError, match="--method gptq"):
+        quantize(tmp_path / "model", tmp_path / "out", "tune", measured=False)
 
 
 def test_a_changed_model_text_or_setting_is_refused(tiny_copy: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from afpq.blocks import Block
 from afpq.decide import make_plan
-from afpq.gradients import Gram, Tap, Walk
+from afpq.gradients import Listener, Walk
 from afpq.scheme import Recipe, parse_scheme
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
+from afpq.taps import Gram, Tap, listening
 from afpq.unfuse import unfuse
 
 WINDOWS = torch.randint(0, 240, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -44,7 +47,15 @@ def walk(directory: Path, scratch: Path) -> dict[str, Tap]:
     passes = Walk(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
     passes.forwards()
     taps: dict[str, Tap] = {}
-    for block, found in passes.backwards({target.module for target in plan.block_targets}, seed=3):
+    found: dict[str, Tap] = {}
+
+    def listen(block: Block) -> Listener:
+        found.clear()
+        wanted = {target.module for target in plan.block_targets}
+        names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears() if name in wanted]
+        return partial(listening, names, WINDOWS.shape, found)
+
+    for block in passes.backwards(3, listen):
         taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
     return taps
 

@@ -15,11 +15,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "afpq"
 ORDER = [
     "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
     "algorithms.books", "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq",
-    "algorithms.correction", "algorithms.knapsack", "algorithms",
+    "algorithms.two_sided", "algorithms.correction", "algorithms.knapsack", "algorithms",
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "coverage", "blocks", "ends", "embedding", "source", "experts", "names", "unfuse", "folds",
     "calibrate", "routing", "cards", "config", "data", "skeleton", "plan", "decide", "pipeline", "transforms", "solve",
-    "head", "calibrated", "gradients", "sensitivity", "convert", "swap", "unpack_model",
+    "head", "gradients", "fisher", "calibrated", "taps", "sensitivity", "convert", "swap", "unpack_model",
     "checkpoint", "budget", "lock", "workdir", "integrations", "integrations.hub", "integrations.transformers",
     "memory", "loading", "selftest", "stored", "integrations.peft", "integrations.lm_eval",
     "evaluate", "measure", "report", "card", "job", "end_pass", "carry_out", "api", "info", "inspect_model", "estimate",

@@ -95,7 +95,7 @@ def approximated(source: Path, quantized: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "tune"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantize_load_and_run(kind: str, method: str, sources: dict[str, Path], tmp_path: Path) -> None:
     plan = calibrated(sources[kind], tmp_path / "out", method)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from afpq.algorithms import quantize_gptq, quantize_rtn
 from afpq.decide import make_plan
-from afpq.gradients import Gram, Tap
 from afpq.scheme import Recipe, Scheme, parse_scheme
 from afpq.sensitivity import (
     GPTQ_SHARE,
@@ -25,6 +24,7 @@ from afpq.sensitivity import (
 )
 from afpq.skeleton import build_skeleton
 from afpq.source import open_checkpoint
+from afpq.taps import Gram, Tap
 
 SCHEMES = [parse_scheme(name) for name in ("nf2-asym-g64", "nf3-asym-g64", "nf4-asym-g64")]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,8 @@ from afpq.calibrate import (
 )
 from afpq.errors import AfpqError
 from afpq.experts import find_experts
+from afpq.fisher import EXPERTS_BYTES, gradients_file, output_moments, store_gradients
+from afpq.gradients import Progress, Walk
 from afpq.groups import QuantizedWeight
 from afpq.head import fill_outside, head_moments, rounded_embedding, solve_in_parts
 from afpq.packing import to_tensors
@@ -50,13 +52,16 @@ from afpq.transforms import awq_scale
 class Calibration:
     """The windows of tokens [count, length], where scratch files go, and the device that computes.
 
-    `all_experts`: every expert learns from all tokens, not only from those routed to it.
+    `all_experts`: every expert learns from all tokens, not only from those routed to it. `seed` draws the text whose
+    gradients guided methods take; `report` is told how far that is.
     """
 
     windows: Tensor
     scratch: Path
     device: torch.device
     all_experts: bool = False
+    seed: int = 0
+    report: Progress = lambda *_: None
 
 
 def run_calibrated(
@@ -68,6 +73,9 @@ def run_calibrated(
     runner = _Runner(plan, model, calibration)
     if not runner.blocks:
         raise AfpqError("no blocks to run one after the other; use --method rtn")
+    if runner.guided:
+        c = calibration
+        store_gradients(Walk(plan, copy.deepcopy(model), c.windows, c.scratch, c.device, c.report), c.seed)
     runner.capture(finished)
     units = {unit.name: unit for unit in plan.units}
     for unit in plan.units:
@@ -97,7 +105,9 @@ class _Runner:
         self.calls: dict[str, BlockCall] = {}  # by block
         self.width = 0
         # The float model runs beside only for the solver that aims at its outputs.
-        self.beside = METHODS[self.recipe.method].solver == "gptq" and self.recipe.gptq.float_target
+        method, target = METHODS[self.recipe.method], self.recipe.gptq.float_target
+        self.guided = method.guided
+        self.beside = method.guided or (method.solver == "gptq" and target)
 
     # ---- hidden states
 
@@ -143,6 +153,7 @@ class _Runner:
         """A finished block's inputs are not needed any more."""
         for kind in self.kinds():
             (self.scratch / f"{kind}-{index}.bin").unlink(missing_ok=True)
+        gradients_file(self.scratch, index).unlink(missing_ok=True)
 
     # ---- one block
 
@@ -166,6 +177,7 @@ class _Runner:
                 inputs=inputs,
                 beside=float_block if self.beside else None,
                 beside_inputs=self.states("float", index) if self.beside else None,
+                gradients=self._gradients(index, float_block, call, targets) if self.guided else {},
             )
             solved = self._solve_block(state, targets, index)
             advance(state.quantized, call, state.inputs, self.states("quantized", index + 1, True), self.device)
@@ -211,6 +223,17 @@ class _Runner:
             return f"no fold points are known for {type(block).__name__}: not scaled"
         return "; ".join(f"{fold}: error x {ratio:.3f}" for fold, ratio in ratios.items())
 
+    def _gradients(
+        self, index: int, block: nn.Module, call: BlockCall, targets: dict[str, Target]
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """G of the block's linears; not of experts where they are too many."""
+        experts = {name: target for name, target in targets.items() if target.expert}
+        if 4 * sum(target.shape[0] ** 2 for target in experts.values()) > EXPERTS_BYTES:
+            targets = {name: target for name, target in targets.items() if not target.expert}
+        inputs = self.states("float", index)
+        behind = Activations(gradients_file(self.scratch, index), tuple(inputs.tensor.shape), create=False)
+        return output_moments(block, call, list(targets), inputs, behind, self.device)
+
     def _targets_inside(self, block: Block, unit: Unit) -> dict[str, Target]:
         """The unit's targets by their linears' names inside the block."""
         return _below(block.name, {target.module: target for target in unit.targets})
@@ -251,6 +274,7 @@ class _Runner:
                 inputs=tokens,
                 beside=None if state.beside is None else state.beside.get_submodule(f"{place}.{number}"),
                 beside_inputs=None if beside is None else replace(tokens, tensor=beside.hidden),
+                gradients=_below(f"{place}.{number}", state.gradients),
             )
             members = self._solve_stages(inner, _below(number, targets))
             solved |= {f"{number}.{name}": found for name, found in members.items()}
@@ -284,7 +308,7 @@ class _Runner:
     ) -> tuple[QuantizedWeight, LayerLog]:
         linear = state.quantized.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        weight, log = solve_layer(linear.weight, moments, target, self.recipe)
+        weight, log = solve_layer(linear.weight, moments, target, self.recipe, state.gradients.get(name))
         linear.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
         return weight, log
 
@@ -297,10 +321,12 @@ def _below(place: str, values: Mapping[str, T]) -> dict[str, T]:
 
 @dataclass(frozen=True)
 class _BlockState:
-    """A block being quantized, what enters it, and the float model's block and inputs where it runs beside."""
+    """A block being quantized, what enters it, the float model's block and inputs where it runs beside, and the
+    second moments of gradients at its linears' outputs, by their names inside."""
 
     call: BlockCall
     quantized: nn.Module
     inputs: Inputs
     beside: nn.Module | None
     beside_inputs: Inputs | None
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)

@@ -68,7 +68,7 @@ def _write_weights(job: Job, work: WorkDirectory, progress: Progress | None) -> 
     sizes = {unit.name: sum(infos[name].elements for name in unit.tensors) for unit in plan.units}
     written = [name for unit in plan.units if unit.name in work.finished for name in plan.unit_outputs(unit)]
     with ShardWriter(work.path, plan.outputs(), written=written) as writer:
-        for result in _results(job, work.scratch, frozenset(work.finished)):
+        for result in _results(job, work.scratch, frozenset(work.finished), progress):
             digests = {}
             for name, tensor in result.tensors:
                 writer.write(name, tensor)
@@ -80,10 +80,12 @@ def _write_weights(job: Job, work: WorkDirectory, progress: Progress | None) -> 
                 progress(_describe(result), done, sum(sizes.values()))
 
 
-def _results(job: Job, scratch: Path, finished: frozenset[str]) -> Iterator[UnitResult]:
+def _results(job: Job, scratch: Path, finished: frozenset[str], progress: Progress | None) -> Iterator[UnitResult]:
     if job.windows is None or not METHODS[job.plan.recipe.method].calibrated:
         return run(job.plan, finished)
-    calibration = Calibration(job.windows, scratch, job.settings.torch_device(), job.settings.all_experts)
+    settings = job.settings
+    device, report = settings.torch_device(), progress or (lambda *_: None)
+    calibration = Calibration(job.windows, scratch, device, settings.all_experts, settings.seed, report)
     return run_calibrated(job.plan, job.model, calibration, finished)
 
 
@@ -167,7 +169,7 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
     model = job.name or str(plan.checkpoint.directory)
     write_card(work.path, Card(model, job.plan, notes, _calibration(job, ended), measured, tested, job.choice))
     write_json(work.path / "config.json", config)
-    rounded = tuple(note["module"] for note in notes if note["method"] != plan.recipe.method)
+    rounded = tuple(note["module"] for note in notes if note["method"] == "rtn" != plan.recipe.method)
     return Outcome(measured, tested, rounded, ended)
 
 

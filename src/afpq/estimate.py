@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from afpq.algorithms import quantize_rtn, with_book
+from afpq.algorithms.two_sided import PARTS
 from afpq.calibrate import BATCH_TOKENS
 from afpq.end_pass import BATCH_TOKENS as BATCH_TOKENS_OF_STEP
 from afpq.end_pass import JUDGES, LOOKS, end_pass_bytes
@@ -20,6 +21,7 @@ from afpq.scheme import METHODS
 from afpq.search import RATIOS
 
 BASE_BYTES = 600_000_000  # the process itself: torch, transformers, tokenizer
+SECONDS_A_COLUMN = 1e-4  # what a step of GPTQ costs in calls, whatever the number of rows
 AWQ_GRID, FOLDS = 21, 4  # candidates tried for each fold, folds of a usual block
 
 
@@ -50,7 +52,7 @@ def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     method, gptq = METHODS[plan.recipe.method], plan.recipe.gptq
     if windows is None or not method.calibrated:
         return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
-    beside = method.solver == "gptq" and gptq.float_target
+    beside = method.guided or (method.solver == "gptq" and gptq.float_target)
     block = max(sum(infos[n].elements for n in unit.tensors) for unit in plan.units if unit.in_blocks)
     outside = sum(infos[n].elements for unit in plan.units if unit.name == OUTSIDE for n in unit.tensors)
     widest = max(max(t.shape[1] for t in plan.targets), 1)
@@ -60,12 +62,21 @@ def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + batch
     memory += max((8 * t.elements + 24 * min(t.elements, PART) for t in plan.end_targets), default=0)
     states = 4 * windows[0] * windows[1] * width
+    files = 4 if beside else 2
     flops = _calibration_flops(plan, windows[0] * windows[1], beside)
+    if method.guided:
+        memory += 4 * max(sum(t.shape[0] ** 2 for t in unit.targets) for unit in plan.units if unit.in_blocks)
+        memory += 8 * max(t.shape[0] for t in plan.block_targets) ** 2
+        files += sum(unit.in_blocks for unit in plan.units)  # what enters each block; then the gradients behind it
+        flops += _gradient_flops(plan, windows[0] * windows[1])
     if method.transform == "awq":
         flops += _awq_flops(plan, windows[0] * windows[1])
         rounding = _rate(lambda: quantize_rtn(_WEIGHT, scheme))
         solve += AWQ_GRID * sum(t.elements for t in plan.targets) / rounding
-    return Estimate(memory, states * (4 if beside else 2), solve + flops / _flops())
+    if method.solver == "gptq":
+        parts = PARTS if method.guided else 1
+        solve += SECONDS_A_COLUMN * parts * (2 + gptq.sweeps) * sum(_inputs(plan.targets))
+    return Estimate(memory, states * files, solve + flops / _flops())
 
 
 def _end_pass_flops(plan: Plan, windows: tuple[int, int]) -> float:
@@ -86,6 +97,18 @@ def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:
     solving = sum(4 * n**3 for n in _inputs(plan.targets)) if solver == "gptq" else 0
     columns = sum(2 * t.elements * t.shape[1] * (2 + plan.recipe.gptq.sweeps) for t in plan.targets)
     return forward + moments + solving + (columns if solver == "gptq" else 0)
+
+
+def _gradient_flops(plan: Plan, tokens: int) -> float:
+    """Three passes forwards and two backwards, each of twice the work; the gradients' moments and their factors."""
+    share = _expert_share(plan)
+    reached = [(t, tokens * (share if t.expert else 1)) for t in plan.block_targets]
+    passes = sum(2 * count * t.elements for t, count in reached) * 7
+    return (
+        passes
+        + sum(2 * count * t.shape[0] ** 2 for t, count in reached)
+        + sum(4 * t.shape[0] ** 3 for t in plan.block_targets)
+    )
 
 
 def _expert_share(plan: Plan) -> float:

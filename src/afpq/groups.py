@@ -30,6 +30,8 @@ from afpq.formats import Format
 from afpq.scales import fit_grid, stored
 from afpq.scheme import Scheme
 
+FEW = 1024  # numbers that are compared with all midpoints at once
+
 
 @dataclass(frozen=True)
 class GroupScales:
@@ -145,10 +147,12 @@ def encode_groups(x: Tensor, scales: GroupScales, format: Format) -> Tensor:
         zero = -format.values[0] if scales.zero is None else scales.zero.float()
         return (x / pos).round_().add_(zero).clamp_(0, len(format.values) - 1).to(torch.uint8)
     below, above = side_midpoints(format)
-    codes = _count_below(x / scales.neg.float(), below)
-    codes += _count_below(x / pos, above)
+    units = x / pos
+    if scales.neg is not scales.pos:
+        units = torch.where(units < 0, x / scales.neg.float(), units)
+    codes = _count_below(units, below + above)
     if not format.has_zero:
-        codes += x / pos >= 0
+        codes += units >= 0
     return codes
 
 
@@ -166,10 +170,13 @@ def side_midpoints(format: Format) -> tuple[list[float], list[float]]:
 def _count_below(x: Tensor, midpoints: list[float]) -> Tensor:
     """How many of the midpoints lie below x, uint8; a tie counts as not below, which rounds to the lower value.
 
-    Comparing one by one beats a binary search for short books, and needs no table of distances.
+    Comparing one by one beats a binary search for short books, and needs no table of distances. A column of a layer is
+    compared with all at once: there the calls take longer than the work.
     """
     if len(midpoints) > 32:
         return torch.bucketize(x, torch.tensor(midpoints, device=x.device)).to(torch.uint8)
+    if x.dim() == 1 and x.numel() <= FEW:
+        return (x[:, None] > _tensor_of(tuple(midpoints), x.device)).sum(1, dtype=torch.uint8)
     count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for midpoint in midpoints:
         count += (x > midpoint).view(torch.uint8)  # the view spares a conversion
@@ -194,6 +201,11 @@ def decode_groups(codes: Tensor, scales: GroupScales, values: tuple[float, ...])
     if scales.neg is scales.pos:
         return value * scales.pos.float()
     return value * torch.where(value < 0, scales.neg.float(), scales.pos.float())
+
+
+@lru_cache(maxsize=256)
+def _tensor_of(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -18,10 +18,14 @@ ORDERS = ("group", "act", "none")
 
 @dataclass(frozen=True)
 class Method:
-    """How codes are found: by which solver, after which transform; calibrated ones need text."""
+    """How codes are found: by which solver, after which transform; calibrated ones need text.
+
+    Guided ones also need gradients of the model's predictions (`fisher.py`).
+    """
 
     solver: str
     transform: str | None = None
+    guided: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -33,6 +37,7 @@ METHODS = {
     "gptq": Method("gptq"),
     "awq": Method("rtn", "awq"),
     "awq+gptq": Method("gptq", "awq"),
+    "tune": Method("gptq", guided=True),
 }
 
 # Of the schemes measured the most accurate for their bits, at 3 and at 4 (docs/LOG.md): two scales of a byte for 64.

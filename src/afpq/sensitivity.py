@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +32,12 @@ from transformers import PreTrainedModel
 
 from afpq.algorithms import SingularHessian, quantize_rtn
 from afpq.algorithms.gptq import factorize
-from afpq.gradients import Gram, Progress, Tap, Walk
+from afpq.blocks import Block
+from afpq.gradients import Listener, Progress, Walk
 from afpq.plan import Plan, Target
 from afpq.scheme import Scheme
 from afpq.solve import named
+from afpq.taps import Gram, Tap, listening
 
 TOKENS, LENGTH = 16384, 512  # of the calibration text: how many, and of a window the first so many
 GPTQ_SHARE = 0.4  # what GPTQ leaves of the squared output error, where too few tokens tell
@@ -91,10 +94,18 @@ def measure_losses(
     walk = Walk(plan, copy.deepcopy(model), how.windows, scratch, how.device, progress or (lambda *_: None))
     walk.forwards()
     found: list[GroupLosses] = []
-    for block, taps in walk.backwards({target.module for target in targets}, how.seed):
+    taps: dict[str, Tap] = {}
+
+    def inside(block: Block) -> dict[str, Target]:
         prefix = f"{block.name}."
-        inside = {t.module.removeprefix(prefix): t for t in targets if t.module.startswith(prefix)}
-        found = [*_block_losses(plan, inside, taps, schemes, how), *found]
+        return {t.module.removeprefix(prefix): t for t in targets if t.module.startswith(prefix)}
+
+    def listen(block: Block) -> Listener:
+        taps.clear()
+        return partial(listening, list(inside(block)), how.windows.shape, taps)
+
+    for block in walk.backwards(how.seed, listen):
+        found = [*_block_losses(plan, inside(block), taps, schemes, how), *found]
     reached = {layer for group in found for layer in group.layers}
     left: dict[str, list[str]] = {}
     for target in targets:

@@ -6,11 +6,13 @@ from afpq.algorithms.books import with_book
 from afpq.algorithms.correction import toward_float_outputs
 from afpq.algorithms.gptq import SingularHessian, quantize_gptq
 from afpq.algorithms.rtn import quantize_rtn
+from afpq.algorithms.two_sided import quantize_two_sided
 
 __all__ = [
     "SingularHessian",
     "quantize_gptq",
     "quantize_rtn",
+    "quantize_two_sided",
     "search_channel_scales",
     "search_clips",
     "toward_float_outputs",

@@ -76,24 +76,38 @@ def quantize_gptq(
 
     Raises SingularHessian (the caller may then round to nearest), and AfpqError for NaN or Inf in W.
     """
-    options = options or GptqOptions()
+    columns = Columns(H, scheme, options or GptqOptions(), scale_search)
     W = W.float()
-    importance = H.diagonal().float().clamp(min=0)
-    span = scheme.span(W.shape[1])
-    groups = [slice(first, min(first + span, W.shape[1])) for first in range(0, W.shape[1], span)]
-    order, turns = _order(importance, groups, options.order)
-    factor = factorize(H, options.damp, order)
-    scheme = with_grid(W, with_book(W, scheme, scale_search, importance))
-    run = _Run(W[:, order].T.contiguous(), factor.U, importance[order], scheme, scale_search)
-    if options.order == "act":
-        run.fix_scales(_fit(W, importance, scheme, scale_search))
-    for first, columns in turns:
-        run.solve(slice(first, first + len(columns)), columns, span)
-    weight = run.result(order, len(groups))
-    if options.sweeps:
-        damped = factor.H[order.argsort()][:, order.argsort()]
-        weight = descend(W, damped, weight, options.sweeps)
-    return weight, factor.damp
+    scheme = with_grid(W, with_book(W, scheme, scale_search, columns.importance))
+    return columns.solve(W, scheme), columns.factor.damp
+
+
+class Columns:
+    """What GPTQ needs to know of a layer's inputs, for any rows: their order and turns, and the factor of H [in, in].
+
+    Raises SingularHessian.
+    """
+
+    def __init__(self, H: Tensor, scheme: Scheme, options: GptqOptions, scale_search: str) -> None:
+        self.options, self.search = options, scale_search
+        self.importance = H.diagonal().float().clamp(min=0)
+        self.span = scheme.span(len(H))
+        groups = [slice(first, min(first + self.span, len(H))) for first in range(0, len(H), self.span)]
+        self.count = len(groups)
+        self.order, self.turns = _order(self.importance, groups, options.order)
+        self.factor = factorize(H, options.damp, self.order)
+        back = self.order.argsort()
+        self.H = self.factor.H[back][:, back]  # damped
+
+    def solve(self, W: Tensor, scheme: Scheme) -> QuantizedWeight:
+        """W float32 [rows, in] -> codes and scales; `scheme` has its book and its grid."""
+        run = _Run(W[:, self.order].T.contiguous(), self.factor.U, self.importance[self.order], scheme, self.search)
+        if self.options.order == "act":
+            run.fix_scales(_fit(W, self.importance, scheme, self.search))
+        for first, columns in self.turns:
+            run.solve(slice(first, first + len(columns)), columns, self.span)
+        weight = run.result(self.order, self.count)
+        return descend(W, self.H, weight, self.options.sweeps) if self.options.sweeps else weight
 
 
 def _order(importance: Tensor, groups: list[slice], order: str) -> tuple[Tensor, list[tuple[int, Tensor]]]:

@@ -17,7 +17,7 @@ def compare(
     model: ModelArgument,
     schemes: Annotated[str, typer.Option(help="Separated by commas, as nf4-asym-g128,nf4-sym-g64,int4-asym-g128.")],
     report: Annotated[Path, typer.Option(help="The directory for report.html, .md and .json and finished cells.")],
-    methods: Annotated[str, typer.Option(help="Separated by commas: rtn, gptq, awq, awq+gptq.")] = "rtn",
+    methods: Annotated[str, typer.Option(help="Separated by commas: rtn, gptq, awq, awq+gptq, tune.")] = "rtn",
     text: TextOption = None,
     dataset: DatasetOption = None,
     calibration_text: Annotated[

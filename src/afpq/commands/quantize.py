@@ -74,7 +74,7 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = DEFAULT_GROUP_SIZE,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
     scale_dtype: Annotated[str, typer.Option(help="log8 (a byte a scale), float16 or float32.")] = DEFAULT_SCALE_DTYPE,
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq or awq+gptq; all but rtn need text.")] = "rtn",
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, awq+gptq or tune; all but rtn need text.")] = "rtn",
     scale_search: Annotated[
         str | None, typer.Option(help="absmax (the paper's; default of rtn) or mse (least squared error).")
     ] = None,

@@ -15,7 +15,7 @@ from afpq.comparison.findings import pareto_front, rise
 from afpq.comparison.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
 
 MOST = 12  # cells that get a small chart of their own
-COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3"}
+COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3", "tune": "c5"}
 OTHERS = "c4"
 SAMPLE = f"Counted on {SAMPLED_LAYERS} layers and {SAMPLED_ROWS} rows of each, evenly spread, where there are more."
 KINDS = {"dot": "two scales", "ring": "one scale", "square": "scale and zero point", "triangle": "another tool"}

@@ -14,9 +14,11 @@ from afpq.comparison.tabulate import HEADER, PAIR_HEADER, TEXT_COLUMNS, About, i
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6470; --line: #d5dae1; --paper: #ffffff; --box: #f5f7fa;
-  --c0: #2563eb; --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #6b7280; }
+  --c0: #2563eb; --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #6b7280;
+  --c5: #be185d; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3adba; --line: #39414d; --paper: #14181d;
-  --box: #1d232b; --c0: #7aa7ff; --c1: #ff9a62; --c2: #5fd38d; --c3: #cf9bff; --c4: #a3adba; } }
+  --box: #1d232b; --c0: #7aa7ff; --c1: #ff9a62; --c2: #5fd38d; --c3: #cf9bff; --c4: #a3adba;
+  --c5: #ff7eb6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 80rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -47,7 +49,8 @@ figure { margin: 0; } figcaption { max-width: 60rem; margin: 0.3rem 0; }
 svg { display: block; width: 100%; height: auto; color: var(--ink); } .sample { display: inline; width: 14px; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.c4 { color: var(--c4); } .name text { fill: currentColor; stroke: var(--paper); stroke-width: 3; paint-order: stroke; }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); }
+.name text { fill: currentColor; stroke: var(--paper); stroke-width: 3; paint-order: stroke; }
 .mark { fill: currentColor; } .ring { fill: var(--paper); stroke: currentColor; stroke-width: 2; }
 .bar { fill: var(--c0); } .axis, .grid, .error, .front, .level { fill: none; stroke: var(--line); }
 .axis { stroke: var(--soft); } .error { stroke: currentColor; stroke-width: 1.2; }

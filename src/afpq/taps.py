@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""Listen to linears while gradients pass: what each reads, and how much each of its outputs matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Gram:
+    """The sum of x x^T over tokens x, [in, in]; the tokens themselves while they are fewer than `in`."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    H: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """x [tokens, in], float32."""
+        self.rows.append(x)
+        self.tokens += len(x)
+        if self.H is None and self.tokens > x.shape[1]:
+            self.H = x.new_zeros(x.shape[1], x.shape[1])
+        if self.H is not None:
+            for rows in self.rows:
+                self.H.addmm_(rows.T, rows)
+            self.rows = []
+
+    def diagonal(self) -> Tensor:
+        return torch.cat(self.rows).square().sum(0) if self.H is None else self.H.diagonal()
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """A, B [rows, in] -> the diagonal of A H B^T, [rows]."""
+        if self.H is not None:
+            return ((A @ self.H) * B).sum(1)
+        x = torch.cat(self.rows)
+        return ((x @ A.T) * (x @ B.T)).sum(0)
+
+
+@dataclass
+class Tap:
+    """What a linear saw: its inputs, and who else reads the same tensor.
+
+    `gradient` [out]: sums over tokens of the squared gradients of its outputs; `growth` [windows], float64: sums of
+    gradients times outputs, the bias left out; zero where only some tokens reach it.
+    """
+
+    gram: Gram
+    gradient: Tensor
+    growth: Tensor
+    readers: tuple[str, ...]
+
+
+@contextmanager
+def listening(
+    names: list[str], shape: Sequence[int], taps: dict[str, Tap], block: nn.Module, windows: slice
+) -> Iterator[None]:
+    """Inside, what the block's linears `names` read, and what gradients tell of them, is added to `taps`.
+
+    What runs are these windows, of `shape` (windows, tokens of a window) in all.
+    """
+    seen: list[tuple[str, Tensor]] = []
+
+    def add(tap: Tap, output: Tensor, gradient: Tensor) -> None:
+        gradient = gradient.detach().flatten(0, -2).float()
+        tap.gradient += gradient.square().sum(0)
+        part = tap.growth[windows]
+        if len(gradient) == len(part) * shape[1]:
+            part += (gradient * output.flatten(0, -2)).double().sum(1).view(len(part), -1).sum(1)
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        first = next((taps[reader] for reader, x in seen if x is args[0]), None)
+        seen.append((name, args[0]))
+        if name not in taps:
+            growth = torch.zeros(shape[0], dtype=torch.float64, device=output.device)
+            gram = Gram() if first is None else first.gram
+            taps[name] = Tap(gram, torch.zeros(output.shape[-1], device=output.device), growth, ())
+            readers = (*(first.readers if first is not None else ()), name)
+            for reader in readers:
+                taps[reader].readers = readers
+        if output.requires_grad:
+            bias = getattr(module, "bias", None)
+            value = output.detach().clone() if bias is None else output.detach() - bias
+            output.register_hook(partial(add, taps[name], value))
+
+    handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for position, (name, x) in enumerate(seen):
+        if not any(x is earlier for _, earlier in seen[:position]):
+            taps[name].gram.add(x.detach().flatten(0, -2).float())
