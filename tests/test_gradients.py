@@ -53,7 +53,7 @@ def walk(directory: Path, scratch: Path) -> dict[str, Tap]:
         found.clear()
         wanted = {target.module for target in plan.block_targets}
         names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears() if name in wanted]
-        return partial(listening, names, WINDOWS.shape, found)
+        return partial(listening, names, WINDOWS.shape, names, found)
 
     for block in passes.backwards(3, listen):
         taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
@@ -101,6 +101,7 @@ def test_a_block_at_a_time_is_the_whole_model(tmp_path: Path, family: str) -> No
         assert torch.allclose(tap.gram.product(E, E), ((E @ H) * E).sum(1), rtol=1e-3), name
         assert torch.allclose(tap.gram.diagonal(), H.diagonal(), rtol=1e-3, atol=1e-6), name
         assert torch.allclose(tap.gradient, G, rtol=2e-3, atol=1e-5 * G.max().item()), name
+        assert tap.outputs is not None and torch.allclose(tap.outputs.diagonal(), tap.gradient, rtol=1e-3, atol=1e-9)
         if "experts" not in name:
             assert tap.growth.tolist() == pytest.approx(growth, rel=1e-2, abs=1e-3 * max(1, *map(abs, growth))), name
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -148,6 +148,18 @@ def notes_of(out: Path) -> dict[str, dict[str, Any]]:
     return {note["module"]: note for note in map(json.loads, lines)}
 
 
+def test_experts_too_large_for_moments_of_gradients_are_solved_without(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afpq.calibrated.EXPERTS_BYTES", 100)
+    calibrated(sources["mixtral"], tmp_path / "out", "tune")
+    notes = [json.loads(line) for line in (tmp_path / "out" / "afpq_log.jsonl").read_text().splitlines()]
+    for note in notes:
+        expert = ".experts." in note["module"]
+        assert note["method"] in (("gptq", "rtn") if expert else ("tune",))
+        assert ("note" in note) == expert
+
+
 def test_gptq_lowers_the_error_of_experts_outputs(sources: dict[str, Path], tmp_path: Path) -> None:
     calibrated(sources["mixtral"], tmp_path / "out")
     experts = [note for name, note in notes_of(tmp_path / "out").items() if "experts" in name]

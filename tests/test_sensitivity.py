@@ -10,15 +10,15 @@ import torch
 from test_gradients import WINDOWS, save
 from torch import Tensor
 
-from afpq.algorithms import quantize_gptq, quantize_rtn
+from afpq.algorithms import quantize_gptq, quantize_rtn, quantize_two_sided
 from afpq.decide import make_plan
 from afpq.scheme import Recipe, Scheme, parse_scheme
 from afpq.sensitivity import (
     GPTQ_SHARE,
     GroupLosses,
     Measuring,
-    gptq_share,
     layer_errors,
+    left_share,
     measure_losses,
     measured_windows,
 )
@@ -118,14 +118,27 @@ def test_the_share_that_gptq_leaves_is_what_it_leaves(smooth: float, scheme: Sch
     nearest = quantize_rtn(W, scheme, "mse", gram.diagonal()).dequantize() - W
     solved = quantize_gptq(W, gram.H, scheme)[0].dequantize() - W
     left = gram.product(solved, solved).sum() / gram.product(nearest, nearest).sum()
-    assert gptq_share(gram, 0.01) == pytest.approx(left.item(), rel=0.35)
+    assert left_share(gram, 0.01, 1.0) == pytest.approx(left.item(), rel=0.35)
+
+
+def test_shares_of_both_sides_multiply() -> None:
+    inputs, outputs, scheme = Gram(), Gram(), SCHEMES[0]
+    inputs.add(moving(6000, 96, 0.6))
+    outputs.add(moving(6000, 64, 0.8))
+    assert inputs.H is not None and outputs.H is not None
+    W = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    nearest = quantize_rtn(W, scheme, "mse", inputs.diagonal()).dequantize() - W
+    solved = quantize_two_sided(W, inputs.H, outputs.H, scheme)[0].dequantize() - W
+    left = inputs.product(solved, outputs.H @ solved).sum() / inputs.product(nearest, outputs.H @ nearest).sum()
+    product = left_share(inputs, 0.01, 1.0) * left_share(outputs, 0.01, 1.0)
+    assert product == pytest.approx(left.item(), rel=0.35)
 
 
 def test_the_share_is_a_usual_one_where_few_tokens_tell() -> None:
     few, zero = Gram(), Gram()
     few.add(moving(150, 96, 0.9))
     zero.add(torch.zeros(300, 96))
-    assert gptq_share(few, 0.01) == gptq_share(zero, 0.01) == GPTQ_SHARE
+    assert left_share(few, 0.01, GPTQ_SHARE) == left_share(zero, 0.01, GPTQ_SHARE) == GPTQ_SHARE
 
 
 def test_windows_are_cut_and_spread() -> None:

@@ -314,7 +314,7 @@ def _key(plan: Plan, budget: Budget, how: Measuring) -> dict[str, str]:
         "version of afpq": __version__,
         "model": checkpoint_digest(plan.checkpoint),
         "setting": digest_value(
-            [how.search, how.damp, how.seed, recipe.skip, [pattern for pattern, _ in recipe.overrides]]
+            [how.search, how.damp, how.guided, how.seed, recipe.skip, [pattern for pattern, _ in recipe.overrides]]
         ),
         "list of candidates": digest_value([list(map(str, budget.candidates))]),
         "text": digest_value(how.windows.tolist()),

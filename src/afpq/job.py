@@ -59,8 +59,9 @@ class CalibrationSettings:
 
     def measuring(self, windows: Tensor, recipe: Recipe) -> Measuring:
         """How sensitivities are measured on some of the calibration windows, with scales found as they will be."""
-        damp = recipe.gptq.damp if METHODS[recipe.method].solver == "gptq" else None
-        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp)
+        method = METHODS[recipe.method]
+        damp = recipe.gptq.damp if method.solver == "gptq" else None
+        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp, method.guided)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ drawn from the model's own predictions (Fisher's information). The errors have t
   of the group, o their outputs. It falls with the square of the error, so it matters at 2 bits.
 
 dW is the error of rounding to nearest. GPTQ leaves a share of its square, from 0.04 to 0.6, that depends on the inputs
-and hardly on the scheme (docs/LOG.md): see `gptq_share`.
+and hardly on the scheme (docs/LOG.md): see `left_share`.
 
 Gradients and inputs come from one pass forwards and one backwards, a block at a time (`gradients.py`), over TOKENS
 tokens.
@@ -40,7 +40,7 @@ from afpq.solve import named
 from afpq.taps import Gram, Tap, listening
 
 TOKENS, LENGTH = 16384, 512  # of the calibration text: how many, and of a window the first so many
-GPTQ_SHARE = 0.4  # what GPTQ leaves of the squared output error, where too few tokens tell
+GPTQ_SHARE, OUTPUTS_SHARE = 0.4, 0.7  # what GPTQ leaves of the squared error, by inputs and by outputs, unless known
 SAMPLED, ROWS = 2**16, 4  # weights of a group that are rounded to try a scheme; rows of a layer, at least
 
 
@@ -59,7 +59,8 @@ class GroupLosses:
 class Measuring:
     """How to measure: windows of tokens [count, length], the seed of the text that is drawn, and a device.
 
-    `search` is the scale search that the schemes will be used with, `damp` GPTQ's damping where that is the solver.
+    `search` is the scale search that the schemes will be used with, `damp` GPTQ's damping where that is the solver;
+    `guided`: on both sides.
     """
 
     windows: Tensor
@@ -67,6 +68,7 @@ class Measuring:
     device: torch.device
     search: str
     damp: float | None = None
+    guided: bool = False
 
 
 def measured_windows(windows: Tensor) -> Tensor:
@@ -102,7 +104,9 @@ def measure_losses(
 
     def listen(block: Block) -> Listener:
         taps.clear()
-        return partial(listening, list(inside(block)), how.windows.shape, taps)
+        linears = inside(block)
+        both = {name for name, target in linears.items() if how.guided and not target.expert}
+        return partial(listening, list(linears), how.windows.shape, both, taps)
 
     for block in walk.backwards(how.seed, listen):
         found = [*_block_losses(plan, inside(block), taps, schemes, how), *found]
@@ -139,9 +143,11 @@ def _block_losses(
                     limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
                     gram = taps[name].gram
                     if how.damp is not None and id(gram) not in shares:
-                        shares[id(gram)] = gptq_share(gram, how.damp)
-                    errors = layer_errors(W, taps[name], schemes, how.search, limit)
-                    found.append(errors.times(shares.get(id(gram), 1.0)))
+                        shares[id(gram)] = left_share(gram, how.damp, GPTQ_SHARE)
+                    share, outputs = shares.get(id(gram), 1.0), taps[name].outputs
+                    if how.damp is not None and how.guided:
+                        share *= OUTPUTS_SHARE if outputs is None else left_share(outputs, how.damp, OUTPUTS_SHARE)
+                    found.append(layer_errors(W, taps[name], schemes, how.search, limit).times(share))
             yield GroupLosses(tuple(target.module for target in members.values()), _total(found, how))
 
 
@@ -166,21 +172,23 @@ class LayerErrors:
         return LayerErrors(share * self.scattered, share * self.common)
 
 
-def gptq_share(gram: Gram, damp: float) -> float:
-    """What GPTQ leaves of the squared output error of rounding to nearest, whatever the scheme.
+def left_share(gram: Gram, damp: float, unknown: float) -> float:
+    """What GPTQ leaves of the squared output error of rounding to nearest, whatever the scheme; `unknown` where too few
+    tokens tell.
 
     GPTQ corrects an error in column j by the columns still to come, so what remains of it is the variance of input j
     given those: the sum of these over the sum of all variances. In GPTQ's terms (Hinv = U^T U) the error is dW = -e U,
     and (U H U^T)_jj / U_jj^2 that variance; it is too small by (T - k) / T, being fitted to T tokens with k columns.
+    On both sides of a weight the shares of its inputs and of its outputs' gradients multiply.
     """
     width = len(gram.diagonal())
     if gram.H is None or gram.tokens < 2 * width:
-        return GPTQ_SHARE
+        return unknown
     order = gram.diagonal().argsort(descending=True, stable=True)
     try:
         U = factorize(gram.H, damp, order).U
     except SingularHessian:
-        return GPTQ_SHARE
+        return unknown
     left = ((U @ gram.H[order][:, order]) * U).sum(1) / U.diagonal().square()
     behind = torch.arange(width - 1, -1, -1, device=left.device)
     share = (left * gram.tokens / (gram.tokens - behind)).sum() / gram.diagonal().sum()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,28 +48,32 @@ class Tap:
     """What a linear saw: its inputs, and who else reads the same tensor.
 
     `gradient` [out]: sums over tokens of the squared gradients of its outputs; `growth` [windows], float64: sums of
-    gradients times outputs, the bias left out; zero where only some tokens reach it.
+    gradients times outputs, the bias left out; zero where only some tokens reach it; `outputs`: of the gradients, if
+    asked for.
     """
 
     gram: Gram
     gradient: Tensor
     growth: Tensor
     readers: tuple[str, ...]
+    outputs: Gram | None = None
 
 
 @contextmanager
 def listening(
-    names: list[str], shape: Sequence[int], taps: dict[str, Tap], block: nn.Module, windows: slice
+    names: list[str], shape: Sequence[int], both: Container[str], taps: dict[str, Tap], block: nn.Module, windows: slice
 ) -> Iterator[None]:
     """Inside, what the block's linears `names` read, and what gradients tell of them, is added to `taps`.
 
-    What runs are these windows, of `shape` (windows, tokens of a window) in all.
+    What runs are these windows, of `shape` (windows, tokens of a window) in all. Those in `both` have `outputs`.
     """
     seen: list[tuple[str, Tensor]] = []
 
     def add(tap: Tap, output: Tensor, gradient: Tensor) -> None:
         gradient = gradient.detach().flatten(0, -2).float()
         tap.gradient += gradient.square().sum(0)
+        if tap.outputs is not None:
+            tap.outputs.add(gradient)
         part = tap.growth[windows]
         if len(gradient) == len(part) * shape[1]:
             part += (gradient * output.flatten(0, -2)).double().sum(1).view(len(part), -1).sum(1)
@@ -80,7 +84,8 @@ def listening(
         if name not in taps:
             growth = torch.zeros(shape[0], dtype=torch.float64, device=output.device)
             gram = Gram() if first is None else first.gram
-            taps[name] = Tap(gram, torch.zeros(output.shape[-1], device=output.device), growth, ())
+            sizes = torch.zeros(output.shape[-1], device=output.device)
+            taps[name] = Tap(gram, sizes, growth, (), Gram() if name in both else None)
             readers = (*(first.readers if first is not None else ()), name)
             for reader in readers:
                 taps[reader].readers = readers
