@@ -11,6 +11,7 @@ from test_gptq import problem
 from torch import Tensor
 
 from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, quantize_two_sided, two_sided
+from afpq.algorithms.two_sided import HEIGHT, PARTS, split_rows
 from afpq.errors import AfpqError
 from afpq.groups import decode_groups, encode_groups, fit_scales
 from afpq.scheme import GptqOptions, parse_scheme
@@ -58,7 +59,7 @@ def damped(A: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_one_by_one_are_gptq_of_the_kronecker_product(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """With a row in each part: the codes of plain GPTQ over all weights at once, whose Hessian is G x H (float64)."""
-    monkeypatch.setattr(two_sided, "HEIGHT", 1)
+    monkeypatch.setattr(two_sided, "split_rows", lambda diagonal: [slice(row, row + 1) for row in range(7)])
     W, _, H = problem(rows=7, columns=12, seed=seed)
     G, scheme = gradients(7, seed, rank=3), parse_scheme("nf3-sym-g-1")
     found, _ = quantize_two_sided(W, H, G, scheme, GptqOptions(order="act", sweeps=0), "absmax")
@@ -118,3 +119,17 @@ def test_nan_in_the_weight_is_an_error() -> None:
     W[3, 3] = torch.nan
     with pytest.raises(AfpqError):
         quantize_two_sided(W, H, torch.eye(8), SCHEME)
+
+
+@given(sizes=st.lists(st.floats(0, 1e3), min_size=1, max_size=300))
+def test_parts_are_all_rows_once_and_few(sizes: list[float]) -> None:
+    parts = split_rows(torch.tensor(sorted(sizes, reverse=True)))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(len(sizes)))
+    assert len(parts) <= PARTS and all(part.stop - part.start >= HEIGHT for part in parts[:-1])
+
+
+def test_parts_have_equal_shares_of_the_gradients() -> None:
+    sizes = torch.logspace(0, -3, 512)
+    parts = split_rows(sizes)
+    sums = torch.stack([sizes[part].sqrt().sum() for part in parts])
+    assert len(parts) == PARTS and torch.allclose(sums, sums.mean(), rtol=0.1)

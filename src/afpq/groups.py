@@ -30,7 +30,7 @@ from afpq.formats import Format
 from afpq.scales import fit_grid, stored
 from afpq.scheme import Scheme
 
-FEW = 1024  # numbers that are compared with all midpoints at once
+FEW = 1024  # numbers that are compared with all midpoints at once, since calls take longer than their work
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class GroupScales:
     pos: Tensor
     neg: Tensor
     zero: Tensor | None = None
+
+    def float(self) -> GroupScales:
+        pos = self.pos.float()
+        return GroupScales(pos, pos if self.neg is self.pos else self.neg.float(), self.zero)
 
     def __getitem__(self, index: object) -> GroupScales:
         pos = self.pos[index]  # type: ignore[index]
@@ -142,41 +146,54 @@ def encode(weight: Tensor, scales: GroupScales, scheme: Scheme) -> Tensor:
 
 def encode_groups(x: Tensor, scales: GroupScales, format: Format) -> Tensor:
     """Codes (uint8) of x; scales broadcast against it."""
-    pos = scales.pos.float()
     if format.integer:
         zero = -format.values[0] if scales.zero is None else scales.zero.float()
-        return (x / pos).round_().add_(zero).clamp_(0, len(format.values) - 1).to(torch.uint8)
-    below, above = side_midpoints(format)
-    units = x / pos
-    if scales.neg is not scales.pos:
-        units = torch.where(units < 0, x / scales.neg.float(), units)
-    codes = _count_below(units, below + above)
+        return (x / scales.pos.float()).round_().add_(zero).clamp_(0, len(format.values) - 1).to(torch.uint8)
+    units = _in_units(x, scales)
+    codes = _count_below(units, side_midpoints(format))
     if not format.has_zero:
         codes += units >= 0
     return codes
 
 
-def side_midpoints(format: Format) -> tuple[list[float], list[float]]:
-    """Midpoints between neighbouring values <= 0, and between neighbouring values >= 0.
+def nearest_groups(x: Tensor, scales: GroupScales, format: Format) -> tuple[Tensor, Tensor]:
+    """(codes, what they say), as encode_groups and decode_groups give them, in as few calls as can be.
+
+    For solvers that go column by column: x [rows], scales [rows] in float32. Codes are of any integer type.
+    """
+    if format.integer or x.numel() > FEW:
+        codes = encode_groups(x, scales, format)
+        return codes, decode_groups(codes, scales, format.values)
+    units = _in_units(x, scales)
+    codes = (units[:, None] > _tensor_of(side_midpoints(format), x.device)).sum(1)
+    if not format.has_zero:
+        codes += units >= 0
+    return codes, _scaled(_book(format.values, x.device).index_select(0, codes), scales)
+
+
+def _in_units(x: Tensor, scales: GroupScales) -> Tensor:
+    """x by the scale of its side."""
+    units = x / scales.pos.float()
+    return units if scales.neg is scales.pos else torch.where(units < 0, x / scales.neg.float(), units)
+
+
+@lru_cache(maxsize=256)
+def side_midpoints(format: Format) -> tuple[float, ...]:
+    """Midpoints between neighbouring values <= 0, then between neighbouring values >= 0.
 
     A weight keeps to its side, since the side decides the scale: where the book has no zero, the two middle values
-    part at 0 instead of at their midpoint, which therefore is in neither list.
+    part at 0 instead of at their midpoint, which therefore is not one of these.
     """
-    values = format.values
-    middles = [(a, b, (a + b) / 2) for a, b in pairwise(values)]
-    return [m for _, b, m in middles if b <= 0], [m for a, _, m in middles if a >= 0]
+    return tuple((a + b) / 2 for a, b in pairwise(format.values) if b <= 0 or a >= 0)
 
 
-def _count_below(x: Tensor, midpoints: list[float]) -> Tensor:
+def _count_below(x: Tensor, midpoints: tuple[float, ...]) -> Tensor:
     """How many of the midpoints lie below x, uint8; a tie counts as not below, which rounds to the lower value.
 
-    Comparing one by one beats a binary search for short books, and needs no table of distances. A column of a layer is
-    compared with all at once: there the calls take longer than the work.
+    Comparing one by one beats a binary search for short books, and needs no table of distances.
     """
     if len(midpoints) > 32:
-        return torch.bucketize(x, torch.tensor(midpoints, device=x.device)).to(torch.uint8)
-    if x.dim() == 1 and x.numel() <= FEW:
-        return (x[:, None] > _tensor_of(tuple(midpoints), x.device)).sum(1, dtype=torch.uint8)
+        return torch.bucketize(x, _tensor_of(midpoints, x.device)).to(torch.uint8)
     count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for midpoint in midpoints:
         count += (x > midpoint).view(torch.uint8)  # the view spares a conversion
@@ -198,6 +215,10 @@ def decode_groups(codes: Tensor, scales: GroupScales, values: tuple[float, ...])
     value = book.index_select(0, codes.int().flatten()).view(codes.shape)
     if scales.zero is not None:
         value = value - book[scales.zero.int()]
+    return _scaled(value, scales)
+
+
+def _scaled(value: Tensor, scales: GroupScales) -> Tensor:
     if scales.neg is scales.pos:
         return value * scales.pos.float()
     return value * torch.where(value < 0, scales.neg.float(), scales.pos.float())

@@ -75,10 +75,9 @@ class _Search:
         below, above = [v for v in book if v < 0], [v for v in book if v > 0]
         if scheme.format.has_zero:
             below, above = [*below, 0.0], [0.0, *above]
-        middles = side_midpoints(scheme.format)
         self.split = len(below)
         self.levels = torch.tensor(below + above, device=x.device)
-        self.boundaries = torch.tensor([*middles[0], 0.0, *middles[1]], device=x.device)
+        self.boundaries = torch.tensor(sorted((*side_midpoints(scheme.format), 0.0)), device=x.device)
         self.codes = torch.tensor(book, device=x.device)
 
     def run(self, low: Tensor, high: Tensor, saturate: bool = False) -> GroupScales:

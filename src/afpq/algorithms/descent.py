@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups
+from afpq.groups import GroupScales, QuantizedWeight, decode_groups, nearest_groups
 from afpq.scales import stored
 from afpq.scheme import Scheme
 
@@ -49,13 +49,15 @@ def _descend_group(
     scales = _refit(codes[first:end], Gt[first:end], Hb, before, scales, scheme)
     Q = decode_groups(codes[first:end], scales, values)
     G = Gt[first:end] + Hb @ (Q - before)
+    steps = Hb.diagonal().reciprocal().tolist()
+    rows = list(zip(Q, G, Hb.T, codes[first:end], steps))  # views, made once: indexing costs as much as the arithmetic
+    exact = scales.float()
     for column in columns:
-        j = column - first
-        wanted = Q[j] - G[j] / Hb[j, j]
-        codes[column] = encode_groups(wanted, scales, scheme.format)
-        change = decode_groups(codes[column], scales, values) - Q[j]
-        Q[j] += change
-        G.addr_(Hb[:, j], change)
+        q, g, h, code, step = rows[column - first]
+        found, value = nearest_groups(torch.sub(q, g, alpha=step), exact, scheme.format)
+        code.copy_(found)
+        G.addr_(h, value - q)
+        q.copy_(value)
     Gt.addmm_(H[:, first:end], Q - before)
     return scales
 

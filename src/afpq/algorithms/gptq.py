@@ -21,7 +21,7 @@ from torch import Tensor
 from afpq.algorithms.books import with_book
 from afpq.algorithms.descent import descend
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, QuantizedWeight, decode_groups, encode_groups, fit_scales, with_grid
+from afpq.groups import GroupScales, QuantizedWeight, fit_scales, nearest_groups, with_grid
 from afpq.scheme import GptqOptions, Scheme
 from afpq.search import search_scales
 
@@ -155,13 +155,14 @@ class _Run:
     def _solve_block(self, first: int, end: int, owners: list[int]) -> None:
         block, U = self.Wt[first:end], self.U[first:end, first:end]
         errors = torch.empty_like(block)
-        diagonal = U.diagonal().tolist()
-        for j, (d, owner) in enumerate(zip(diagonal, owners)):
-            scales = self.scales[owner]
-            codes = encode_groups(block[j], scales, self.scheme.format)
-            errors[j] = (block[j] - decode_groups(codes, scales, self.scheme.format.values)) / d
-            self.codes[first + j] = codes
-            block[j:].addr_(U[j, j:], errors[j], alpha=-1)
+        exact = {owner: self.scales[owner].float() for owner in set(owners)}
+        steps = U.diagonal().reciprocal().tolist()
+        rows = zip(block, errors, U, self.codes[first:end], steps, owners)
+        for j, (w, error, u, code, step, owner) in enumerate(rows):
+            found, value = nearest_groups(w, exact[owner], self.scheme.format)
+            code.copy_(found)
+            torch.mul(w - value, step, out=error)
+            block[j:].addr_(u[j:], error, alpha=-1)
         self.Wt[end:].addmm_(self.U[first:end, end:].T, errors, alpha=-1)
 
     def result(self, order: Tensor, groups: int) -> QuantizedWeight:

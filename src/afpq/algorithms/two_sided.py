@@ -12,6 +12,8 @@ a choice of scales). Inside a part rows are taken for independent. One more swee
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from afpq.algorithms.gptq import Columns, factorize
 from afpq.groups import GroupScales, QuantizedWeight, with_grid
 from afpq.scheme import GptqOptions, Scheme
 
-PARTS, HEIGHT = 16, 16  # parts at most, rows in one at least: 4 parts halve the gain, single rows add a tenth to it
+PARTS, HEIGHT = 16, 8  # parts at most, rows in one at least: 4 parts halve the gain, single rows add a tenth to it
 
 
 def quantize_two_sided(
@@ -36,13 +38,26 @@ def quantize_two_sided(
     rows = factorize(G, columns.options.damp, order)
     W = W.float()
     scheme = with_grid(W, with_book(W, scheme, scale_search, columns.importance))
-    height = max(HEIGHT, -(-len(W) // PARTS))
-    parts = [slice(first, min(first + height, len(W))) for first in range(0, len(W), height)]
+    parts = split_rows(G.diagonal()[order])
     wanted = W[order]
     solved = _forwards(wanted.clone(), columns, rows.U, scheme, parts)
     if columns.options.sweeps:
         solved = _once_more(wanted, columns.H, rows.H, solved, parts)
     return _joined(solved, order.argsort()), columns.factor.damp
+
+
+def split_rows(diagonal: Tensor) -> list[slice]:
+    """Parts of rows whose gradients have sizes of equal sums, given G's diagonal from the largest to the smallest.
+
+    So the rows that matter most are among fewer, and each part can make up for the errors of more that came before.
+    """
+    sums = diagonal.clamp(min=0).sqrt().cumsum(0)
+    ends = torch.searchsorted(sums, sums[-1] * torch.arange(1, PARTS, device=sums.device) / PARTS).tolist()
+    cuts = [0]
+    for end in ends:
+        cuts.append(max(cuts[-1] + HEIGHT, end + 1))
+    cuts = [*(cut for cut in cuts if cut < len(diagonal)), len(diagonal)]
+    return [slice(first, end) for first, end in pairwise(cuts)]
 
 
 def _forwards(
