@@ -42,7 +42,7 @@ class Row:
     @property
     def series(self) -> str:
         """The series it belongs to: our methods are told apart, tools are not."""
-        return f"{self.tool} {self.method.split()[0]}" if self.tool == "afpq" else self.tool
+        return f"{self.tool} {self.method.split('+end')[0].split()[0]}" if self.tool == "afpq" else self.tool
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ SETTINGS = afpq.CalibrationSettings(samples=4, seq_len=48)
 
 
 def note(block: int, kind: str, **more: Any) -> dict[str, Any]:
-    return {"module": f"model.layers.{block}.mlp.{kind}", "weight_error": 0.01 * (block + 1), **more}
+    module = f"model.layers.{block}.mlp.{kind}"
+    return {"module": module, "method": "rtn", "weight_error": 0.01 * (block + 1), **more}
 
 
 @pytest.fixture
@@ -84,7 +85,10 @@ def test_errors_of_each_kind_of_layer(card: Card) -> None:
     assert "| `up_proj` | 2 | 1.5e-02 | 2.0e-02 | `model.layers.1.mlp.up_proj` |" in text
     assert "squared error of a layer's weights" in text and PICTURE not in text
     calibrated = [note(0, "up_proj", output_error=0.5, output_error_before=0.7)]
-    assert "on the calibration text" in card_text(replace(card, notes=calibrated), picture=True)
+    text = card_text(replace(card, notes=calibrated), picture=True)
+    assert "on the calibration text" in text and "gradients" not in text
+    tuned = [note(0, "up_proj", output_error=0.5, output_error_before=0.7, method="tune")]
+    assert "as the gradients of the predictions say" in card_text(replace(card, notes=tuned), picture=True)
 
 
 def test_layers_treated_otherwise_are_named(card: Card) -> None:

@@ -17,6 +17,7 @@ from afpq.coverage import coverage_warning
 from afpq.measure import SampleFigures
 from afpq.plan import Plan, Target
 from afpq.report import size_text, table, with_error
+from afpq.scheme import METHODS
 from afpq.source import CARD
 from afpq.version import __version__
 
@@ -163,6 +164,9 @@ def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
     by_kind = table(("layers", "number", "mean error", "worst", "where"), rows)
     image = f"![Error of each layer]({PICTURE})\n\n" if picture else ""
     meaning = _MEANING[any("output_error" in note for note in notes)] if notes else ""
+    guided = next((note["method"] for note in notes if METHODS[note["method"]].guided), None)
+    if guided is not None:
+        meaning += f" By {guided}, outputs weigh as the gradients of the predictions say."
     return f"{image}{by_kind}\n\n{meaning}"
 
 

@@ -23,8 +23,8 @@ class LayerLog:
     """What happened to one layer; a line of afpq_log.jsonl.
 
     Errors are relative: of the weights, sum (w - w_hat)^2 / sum w^2; with calibration also of the layer's outputs, by
-    rounding to nearest ("before") and by the method used. `note` tells why a layer was treated otherwise, `transform`
-    what was done to its block before.
+    rounding to nearest ("before") and by the method used, weighed by gradients where that is guided. `note` tells why a
+    layer was treated otherwise, `transform` what was done to its block before.
     """
 
     module: str
