@@ -61,9 +61,9 @@ class Style:
 
 
 STYLES = {
-    "afpq tune": Style("afpq, tuned", "#00695c", "o", (2.52, 6.2), 56, 2.6),
+    "afpq tune": Style("afpq, tuned", "#00695c", "o", (2.5, 4.4), 56, 2.6),
     "afpq gptq": Style("afpq,\nGPTQ", "#26a69a", "o", (4.33, 1.7), 48, 2.0),
-    "AutoRound": Style("AutoRound", "#c2410c", "s", (2.05, 26), 46),
+    "AutoRound": Style("AutoRound", "#c2410c", "s", (2.56, 21), 46),
     "llama.cpp": Style("llama.cpp", "#2563eb", "D", (2.75, 75), 36, 1.0),
     "llm-compressor": Style("llm-compressor", "#a16207", "v", (3.15, 47)),
     "GPTQModel": Style("GPTQModel", "#be185d", "<", (3.42, 19)),
