@@ -27,6 +27,8 @@ from afpq.errors import AfpqError
 from afpq.lock import locked
 """
 HOLD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
