@@ -157,7 +157,7 @@ def start(model: Path, out: Path, text: Path, method: str) -> subprocess.Popen[b
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(model), str(out), str(text), method])
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq", "tune"])
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq", pytest.param("tune", marks=pytest.mark.slow)])
 def test_killed_at_random_points_it_ends_with_the_same_bits(
     make_model: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
