@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """GPTQ on both sides of a weight: its errors are weighed by what reads its outputs too, not by its inputs alone.
 
-To second order an error E = Q - W of a layer costs the model's predictions a KL of 1/2 tr(G E H E^T) a token, where
-H = E x x^T is the inputs' second moment and G = E g g^T that of the gradients at the layer's outputs (Fisher's
-information; inputs and gradients taken for independent). GPTQ's loss is that with G = 1: every output alike, and no
-output able to make up for another's error. With U from the upper Cholesky factor of the damped inverse of G, rows are
-rounded in PARTS, those of the largest gradients first: each part by GPTQ, and the rest of the rows moves to where it
-serves best, given that part's error (the same rule as GPTQ's columns; YAQA, 2505.22988, does so row by row and without
-a choice of scales). Inside a part rows are taken for independent. One more sweep of descent over all parts follows.
+To second order an error E = Q - W of a layer costs the model's predictions a KL of 1/2 tr(G E H E^T) a token. H is the
+mean of x x^T over the layer's inputs x, G that of g g^T over the gradients g at its outputs (Fisher's information;
+inputs and gradients are taken for independent). GPTQ's loss is that with G = 1: every output alike, and none able to
+make up for another's error. With U the upper Cholesky factor of the damped inverse of G, rows are rounded in PARTS,
+those of the largest gradients first: each part by GPTQ, and the rest of the rows moves to where it serves best, given
+that part's error. This is the rule of GPTQ's columns; YAQA (2505.22988) follows it row by row, with scales fixed
+beforehand. Inside a part rows are taken for independent. One more sweep of descent over all parts ends it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def split_rows(diagonal: Tensor) -> list[slice]:
     return [slice(first, end) for first, end in pairwise(cuts)]
 
 
-def _forwards(
-    W: Tensor, columns: Columns, U: Tensor, scheme: Scheme, parts: list[slice]
-) -> list[QuantizedWeight]:  # fmt: skip
+def _forwards(W: Tensor, columns: Columns, U: Tensor, scheme: Scheme, parts: list[slice]) -> list[QuantizedWeight]:
     """The parts of W one after the other; the rows behind a part, in place, make up for its error."""
     solved = []
     for part in parts:
