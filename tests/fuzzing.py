@@ -167,14 +167,15 @@ def _header(files: Files, dice: Dice) -> None:
         header, data = split(_bytes(files[name]))
         tensor = pick(dice, [key for key in header if key != "__metadata__"])
         entry = header[tensor]
-        begin, end = entry["data_offsets"]
+        begin, end = map(int, entry["data_offsets"])  # damaged once already, they may be anything
+        shape = list(entry["shape"])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return
     kind, text = dice(8), ""
     if kind == 0:
         entry["dtype"] = pick(dice, DTYPES)
     elif kind == 1:
-        entry["shape"] = pick(dice, (*SHAPES, entry["shape"][::-1]))
+        entry["shape"] = pick(dice, (*SHAPES, shape[::-1]))
     elif kind == 2:
         far = pick(dice, (0, -1, 1, 8, 2**63, 2**64 - 1, 10**30, None, "a"))
         entry["data_offsets"] = pick(dice, ([far, end], [begin, far], [end, begin], [begin + 8, end + 8], far))
