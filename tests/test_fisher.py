@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from families import FAMILIES
-from test_gradients import CPU, WINDOWS, save
+from test_gradients import CPU, WINDOWS, losses, save
 from torch import Tensor, nn
 
 import afpq
@@ -62,11 +62,8 @@ def whole(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
     for name in names:
         model.get_submodule(name).register_forward_hook(hook(name))
-    generator = torch.Generator().manual_seed(SEED)
-    for window in WINDOWS:
-        logits = model(window[None], use_cache=False).logits[0].float()
-        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-        nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    for loss in losses(model, SEED):
+        torch.autograd.backward(loss)
     return {name: torch.cat(found) for name, found in gradients.items() if found}
 
 

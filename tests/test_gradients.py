@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,15 @@ def walk(directory: Path, scratch: Path) -> dict[str, Tap]:
     return taps
 
 
+def losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
+    """Of each window the sum of -log p(y), y drawn from the predictions p, through all of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for window in WINDOWS:
+        logits = model(window[None], use_cache=False).logits[0].float()
+        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+        yield nn.functional.cross_entropy(logits, drawn, reduction="sum")
+
+
 def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor, list[float]]]:
     """(sum of x x^T, sum of squared gradients, gradients times outputs for each window) of linears, by autograd through
     all of the model."""
@@ -70,12 +79,7 @@ def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor,
         return lambda _m, args, out: seen.append((name, args[0].detach().flatten(0, -2), out))
 
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    generator = torch.Generator().manual_seed(3)
-    for window in WINDOWS:
-        seen.clear()
-        logits = model(window[None], use_cache=False).logits[0].float()
-        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+    for loss in losses(model, 3):
         gradients = torch.autograd.grad(loss, [out for _, _, out in seen], allow_unused=True)
         for (name, x, out), gradient in zip(seen, gradients):
             gradient = torch.zeros_like(out) if gradient is None else gradient
@@ -83,6 +87,7 @@ def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor,
             growth = (gradient.flatten(0, -2) * output).sum().item()
             H, G, growths = sums.get(name, (0, 0, []))
             sums[name] = H + x.T @ x, G + gradient.square().flatten(0, -2).sum(0), [*growths, growth]
+        seen.clear()
     for handle in handles:
         handle.remove()
     return sums

@@ -19,7 +19,7 @@ ORDER = [
     "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
     "kernels", "linear", "coverage", "blocks", "ends", "embedding", "source", "experts", "names", "unfuse", "folds",
     "calibrate", "routing", "cards", "config", "data", "skeleton", "plan", "decide", "pipeline", "transforms", "solve",
-    "head", "gradients", "fisher", "calibrated", "taps", "sensitivity", "convert", "swap", "unpack_model",
+    "head", "gradients", "taps", "fisher", "calibrated", "sensitivity", "convert", "swap", "unpack_model",
     "checkpoint", "budget", "lock", "workdir", "integrations", "integrations.hub", "integrations.transformers",
     "memory", "loading", "selftest", "stored", "integrations.peft", "integrations.lm_eval",
     "evaluate", "measure", "report", "card", "job", "end_pass", "carry_out", "api", "info", "inspect_model", "estimate",

@@ -68,6 +68,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def _rounded(exact: Tensor, rounded: Tensor) -> Tensor:
+    # torch has no types for apply: it takes what forward takes
     result: Tensor = _Rounded.apply(exact, rounded.detach().float())  # type: ignore[no-untyped-call]
     return result
 

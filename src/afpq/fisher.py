@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from afpq.calibrate import Activations, BlockCall
 from afpq.gradients import Walk, step_back
+from afpq.taps import Gram, hooked
 
 EXPERTS_BYTES = 2**32  # of moments of gradients, in one block: experts that would need more are solved without
 
@@ -49,34 +50,27 @@ def output_moments(
     In the float model: its block, its inputs and the gradients behind. Linears that are not run are left out. G is
     shrunk towards its diagonal by out / (out + tokens), the share of its other elements that chance makes of so few.
     """
-    sums: dict[str, tuple[Tensor, int]] = {}
+    sums: dict[str, Gram] = {}
     step_back(block, call, inputs, behind, device, partial(_listening, names, sums))
-    return {name: _shrunk(G, tokens) for name, (G, tokens) in sums.items()}
+    return {name: _shrunk(gram) for name, gram in sums.items()}
 
 
-def _shrunk(G: Tensor, tokens: int) -> Tensor:
-    diagonal = G.diagonal() / tokens
-    G = G / (tokens + len(G))
+def _shrunk(gram: Gram) -> Tensor:
+    G = gram.matrix()
+    diagonal = G.diagonal() / gram.tokens
+    G = G / (gram.tokens + len(G))
     G.diagonal().copy_(diagonal)
     return G
 
 
 @contextmanager
-def _listening(
-    names: Sequence[str], sums: dict[str, tuple[Tensor, int]], block: nn.Module, _rows: slice
-) -> Iterator[None]:
+def _listening(names: Sequence[str], sums: dict[str, Gram], block: nn.Module, _rows: slice) -> Iterator[None]:
     def add(name: str, gradient: Tensor) -> None:
-        g = gradient.detach().flatten(0, -2).float()
-        G, tokens = sums.get(name) or (g.new_zeros(g.shape[1], g.shape[1]), 0)
-        sums[name] = (G.addmm_(g.T, g), tokens + len(g))
+        sums.setdefault(name, Gram()).add(gradient.detach().flatten(0, -2).float())
 
     def hook(name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(partial(add, name))
 
-    handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
-    try:
+    with hooked(block, names, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

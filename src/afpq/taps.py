@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,13 @@ class Gram:
                 self.H.addmm_(rows.T, rows)
             self.rows = []
 
+    def matrix(self) -> Tensor:
+        """[in, in]."""
+        if self.H is not None:
+            return self.H
+        x = torch.cat(self.rows)
+        return x.T @ x
+
     def diagonal(self) -> Tensor:
         return torch.cat(self.rows).square().sum(0) if self.H is None else self.H.diagonal()
 
@@ -57,6 +64,17 @@ class Tap:
     growth: Tensor
     readers: tuple[str, ...]
     outputs: Gram | None = None
+
+
+@contextmanager
+def hooked(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) -> Iterator[None]:
+    """Inside, hook(name, module, arguments, output) is called behind each call of the block's linears `names`."""
+    handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -94,12 +112,8 @@ def listening(
             value = output.detach().clone() if bias is None else output.detach() - bias
             output.register_hook(partial(add, taps[name], value))
 
-    handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
-    try:
+    with hooked(block, names, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     for position, (name, x) in enumerate(seen):
         if not any(x is earlier for _, earlier in seen[:position]):
             taps[name].gram.add(x.detach().flatten(0, -2).float())
