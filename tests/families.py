@@ -7,10 +7,12 @@ family is one entry here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -245,6 +247,12 @@ def _cells(family: Family) -> tuple[str, ...]:
     gptq, awq = ("no", "no") if family.refused else ("yes", scaled)
     since = "" if family.since == Family.since else f"Transformers {family.since} or newer"
     return ("yes", gptq, awq, "yes", f"{family.coverage:.1f} %", "; ".join(filter(None, (family.note, since))))
+
+
+def slow_but_for(quick: Collection[str], without: Collection[str]) -> list[Any]:
+    """All families but some, for parametrize; those that are not `quick` are of the slow stage."""
+    names = [name for name in FAMILIES if name not in without]
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
 if __name__ == "__main__":

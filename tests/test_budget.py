@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tokenizer
-from families import FAMILIES
+from families import slow_but_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradients import save
@@ -90,10 +90,7 @@ QUICK = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Mamba")  # in every run
 REFUSED = {"T5": "without a budget", "BART": "without a budget", "BERT, no head": "predicts no tokens"}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES if name not in REFUSED],
-)
+@pytest.mark.parametrize("family", slow_but_for(QUICK, REFUSED))
 def test_other_families(tmp_path: Path, family: str) -> None:
     save(family, tmp_path / "model")
     save_tokenizer(tmp_path / "model")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tokenizer
-from families import FAMILIES
+from families import slow_but_for
 from test_gradients import CPU, WINDOWS, losses, save
 from torch import Tensor, nn
 
@@ -101,10 +101,7 @@ QUICK = ("Llama", "GPT-2", "Gemma 2", "Mamba")  # in every run
 REFUSED = ("T5", "BART", "BERT, no head")  # they predict no tokens, or have two stacks of blocks
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES if name not in REFUSED],
-)
+@pytest.mark.parametrize("family", slow_but_for(QUICK, REFUSED))
 def test_other_families(tmp_path: Path, family: str) -> None:
     """Every linear that text reaches is solved with gradients, or by GPTQ where they do not reach it, with a note."""
     save(family, tmp_path / "model")
