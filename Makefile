@@ -18,7 +18,7 @@ test: lint
 test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: $(VENV)/.installed-eval
 	$(BIN)/pytest -m slow -n 2 --dist loadfile
-	$(BIN)/pytest tests/test_lm_eval.py
+	$(BIN)/pytest tests/evaluation/test_benchmarks.py
 
 # Into site/; a warning is an error, and so is a page that would fetch something from another server (docs/hooks.py).
 docs: $(VENV)/.installed-docs

@@ -23,12 +23,12 @@ AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 # One translation unit for each instruction set; only these may use it.
 SOURCES: dict[str, list[str]] = {
     "csrc/afpq.cpp": [],
-    "csrc/isa.cpp": [],
-    "csrc/kernels_portable.cpp": [],
-    "csrc/avx2_exact.cpp": AVX2,
-    "csrc/avx2_int8.cpp": AVX2,
-    "csrc/kernels_avx512.cpp": AVX512,
-    "csrc/kernels_amx.cpp": AMX,
+    "csrc/cpu_features.cpp": [],
+    "csrc/portable.cpp": [],
+    "csrc/x86/avx2_exact.cpp": AVX2,
+    "csrc/x86/avx2_int8.cpp": AVX2,
+    "csrc/x86/avx512.cpp": AVX512,
+    "csrc/x86/amx_bf16.cpp": AMX,
 }
 
 
@@ -62,7 +62,7 @@ class AnyPython(bdist_wheel):
 native = Extension(
     "afpq.kernels.libafpq_cpu",
     sources=list(SOURCES),
-    depends=["csrc/afpq.h", "csrc/avx2.h", "csrc/f16c.h"],
+    depends=["csrc/afpq.h", "csrc/x86/avx2.h", "csrc/x86/f16c.h"],
     language="c++",
     optional=True,
 )

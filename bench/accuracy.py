@@ -21,9 +21,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 import afpq
-from afpq.data import tokenize, windows
-from afpq.evaluate import evaluate, logits_of
-from afpq.loading import load_model, load_tokenizer
+from afpq.evaluation.loading import load_model, load_tokenizer
+from afpq.evaluation.perplexity import evaluate, logits_of
+from afpq.evaluation.text import tokenize, windows
 
 BUDGET = "budget "  # a row's scheme where the layers' schemes are chosen under a budget of bits
 FORMATS = ("nf3", "nf4", "int3", "int4", "fp3", "fp4")

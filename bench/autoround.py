@@ -18,7 +18,7 @@ from importlib.metadata import version
 import torch
 from protocol import Protocol, assert_quantized, parser, protocol_of
 
-from afpq.loading import load_model, load_tokenizer
+from afpq.evaluation.loading import load_model, load_tokenizer
 
 SCHEMES = "int3-sym-g128,int3-asym-g128,int4-sym-g128,int2-asym-g64,int2-sym-g128"
 NAME = re.compile(r"int(?P<bits>\d)-(?P<sym>sym|asym)-g(?P<group>\d+)")

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afpq.convert import quantize_model
-from afpq.data import tokenize, windows
-from afpq.evaluate import evaluate, logits_of
+from afpq.evaluation.loading import load_model, load_tokenizer
+from afpq.evaluation.perplexity import evaluate, logits_of
+from afpq.evaluation.text import tokenize, windows
 from afpq.kernels import set_compute
-from afpq.linear import AfpqLinear
-from afpq.loading import load_model, load_tokenizer
-from afpq.scheme import Recipe, parse_scheme
+from afpq.model.linear import AfpqLinear
+from afpq.model.quantize_in_memory import quantize_model
+from afpq.numerics.scheme import parse_scheme
+from afpq.recipe import Recipe
 
 TOKENS = 6
 

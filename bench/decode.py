@@ -32,9 +32,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from afpq.convert import quantize_model
 from afpq.kernels import cpu, set_compute
-from afpq.scheme import Recipe, parse_scheme
+from afpq.model.quantize_in_memory import quantize_model
+from afpq.numerics.scheme import parse_scheme
+from afpq.recipe import Recipe
 
 SCHEMES = ["nf4-asym-g128", "nf3-asym-g128", "nf4-sym-g128"]
 PROMPT = 16

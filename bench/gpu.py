@@ -48,11 +48,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as torch_linear
 
 from afpq.algorithms import quantize_rtn
-from afpq.groups import QuantizedWeight
 from afpq.kernels import gpu
-from afpq.kernels.packed import Packed
-from afpq.linear import AfpqLinear
-from afpq.scheme import parse_scheme
+from afpq.kernels.operands import Packed
+from afpq.model.linear import AfpqLinear
+from afpq.numerics.groups import QuantizedWeight
+from afpq.numerics.scheme import parse_scheme
 
 SHAPES = ["4096x4096", "8192x8192", "28672x8192"]
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096]

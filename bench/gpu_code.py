@@ -3,7 +3,7 @@
 
     python bench/gpu_code.py [--quick] [--arch 80 86 90] [--bits 4 3 2] [--out gpu_code.json]
 
-Triton compiles every tile of `afpq.kernels.tiles` for each architecture, and its disassembler shows the main loop.
+Triton compiles every tile of `afpq.kernels.gpu_tiles` for each architecture, and its disassembler shows the main loop.
 Up to 16 tokens a GPU should wait for memory alone, so instructions are counted for each weight there: an H200 can
 issue 3.7 in the time in which it reads a 4-bit weight, an A100 5.9, an RTX 4090 24.
 
@@ -29,9 +29,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from afpq.kernels import triton as kernels
+from afpq.kernels import triton_kernels as kernels
 from afpq.kernels.gpu import PANEL
-from afpq.kernels.tiles import Tile, tile_for
+from afpq.kernels.gpu_tiles import Tile, tile_for
 
 KINDS = ("sym", "asym", "zero", "bytes")  # one scale, two, one and a zero point, two of a byte
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB a program may have

@@ -35,8 +35,9 @@ from linear import installed, shown, table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from afpq.convert import quantize_model
-from afpq.scheme import Recipe, parse_scheme
+from afpq.model.quantize_in_memory import quantize_model
+from afpq.numerics.scheme import parse_scheme
+from afpq.recipe import Recipe
 
 SCHEMES = ["nf4-asym-g128", "nf3-asym-g128", "nf4-sym-g128"]
 BASELINE = "float16"

@@ -46,11 +46,11 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from afpq.algorithms import quantize_rtn
-from afpq.groups import QuantizedWeight
 from afpq.kernels import cpu, set_compute
-from afpq.linear import AfpqLinear
-from afpq.packing import pack
-from afpq.scheme import parse_scheme
+from afpq.model.linear import AfpqLinear
+from afpq.numerics.groups import QuantizedWeight
+from afpq.numerics.packing import pack
+from afpq.numerics.scheme import parse_scheme
 
 FORMATS = ["nf4", "nf3", "int4", "int3", "fp4", "nf2"]
 SHAPES = ["4096x4096", "11008x4096", "4096x11008"]

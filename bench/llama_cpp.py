@@ -25,7 +25,7 @@ import torch
 from protocol import Protocol, linears, parser, protocol_of, second_moments
 from torch import Tensor, nn
 
-from afpq.loading import load_model
+from afpq.evaluation.loading import load_model
 
 TYPES = {
     "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ4_NL": 20, "IQ3_S": 21,

@@ -24,14 +24,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import afpq
-from afpq import selftest
-from afpq.carry_out import execute
-from afpq.decide import make_plan
-from afpq.estimate import estimate
-from afpq.job import Job
-from afpq.scheme import METHODS, Recipe, parse_scheme
-from afpq.skeleton import build_skeleton
-from afpq.source import open_checkpoint
+from afpq.checkpoint.make_plan import make_plan
+from afpq.checkpoint.reader import open_checkpoint
+from afpq.jobs import selftest
+from afpq.jobs.estimate import estimate
+from afpq.jobs.execute import execute
+from afpq.jobs.prepare import Job
+from afpq.model.skeleton import build_skeleton
+from afpq.numerics.scheme import parse_scheme
+from afpq.recipe import METHODS, Recipe
 
 CALIBRATION = afpq.CalibrationSettings(samples=16, seq_len=512)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What bench/autoround.py and bench/llama_cpp.py share: the protocol of bench/accuracy.py, for other tools' weights.
 
-Each tool's dequantized weights go into the same float32 model, and `afpq.evaluate` measures that: kernels play no
+Each tool's dequantized weights go into one float32 model, measured by `afpq.evaluation.perplexity`: kernels play no
 part, head and embeddings stay float. Calibrated tools learn from the very windows that `afpq.quantize` draws.
 """
 
@@ -18,10 +18,10 @@ from accuracy import table
 from torch import Tensor, nn
 
 import afpq
-from afpq.data import tokenize, windows
-from afpq.evaluate import evaluate, logits_of
-from afpq.job import prepare
-from afpq.loading import load_model, load_tokenizer
+from afpq.evaluation.loading import load_model, load_tokenizer
+from afpq.evaluation.perplexity import evaluate, logits_of
+from afpq.evaluation.text import tokenize, windows
+from afpq.jobs.prepare import prepare
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -18,8 +18,9 @@ import torch
 
 from afpq.algorithms import quantize_gptq, quantize_rtn
 from afpq.algorithms.gptq import factorize
-from afpq.packing import to_tensors
-from afpq.scheme import GptqOptions, parse_scheme
+from afpq.algorithms.solver_options import GptqOptions
+from afpq.numerics.packing import to_tensors
+from afpq.numerics.scheme import parse_scheme
 
 
 def seconds(work: Callable[[], object], runs: int = 3) -> float:

@@ -48,7 +48,7 @@ def commands() -> dict[str, Any]:
     import typer
 
     import afpq.cli  # registers them
-    from afpq.commands.common import app
+    from afpq.commands.options import app
 
     assert afpq.cli.COMMANDS
     group = typer.main.get_command(app)

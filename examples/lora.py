@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 import afpq
 import afpq.integrations.peft  # teaches PEFT the quantized layers
-from afpq.data import tokenize, windows
-from afpq.demo import HELD_OUT, MODEL
-from afpq.devices import find_device
-from afpq.evaluate import evaluate
-from afpq.loading import load_tokenizer, quiet_transformers
+from afpq.demo.run_demo import HELD_OUT, MODEL
+from afpq.evaluation.devices import find_device
+from afpq.evaluation.loading import load_tokenizer, quiet_transformers
+from afpq.evaluation.perplexity import evaluate
+from afpq.evaluation.text import tokenize, windows
 
 EVERY = 8  # this many windows, one is held out
 MEASURED = 64  # windows at most, for each figure

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import afpq
-from afpq.data import read_text, tokenize, windows
-from afpq.evaluate import evaluate, logits_of
-from afpq.loading import load_model, load_tokenizer, quiet_transformers, window_length
-from afpq.report import table as markdown
+from afpq.evaluation.loading import load_model, load_tokenizer, quiet_transformers, window_length
+from afpq.evaluation.perplexity import evaluate, logits_of
+from afpq.evaluation.tables import table as markdown
+from afpq.evaluation.text import read_text, tokenize, windows
 
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper_tables.json").read_text("utf-8"))
 # What the authors' code does: scales from the extreme weights, columns as they come, no refinement afterwards.

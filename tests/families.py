@@ -233,7 +233,7 @@ stays is small, and smaller in a real one.
 
 def table_text() -> str:
     """The page, as Markdown."""
-    from afpq.report import table
+    from afpq.evaluation.tables import table
 
     header = ("family", "architecture", "rtn", "gptq", "awq", "on load", "coverage", "notes")
     rows = [(name, f"`{family.architecture}`", *_cells(family)) for name, family in FAMILIES.items()]

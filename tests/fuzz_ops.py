@@ -22,10 +22,10 @@ from torch import Tensor
 
 import afpq
 from afpq.errors import AfpqError
-from afpq.formats import FORMATS
 from afpq.kernels import cpu
-from afpq.packing import layout
-from afpq.scheme import Scheme
+from afpq.numerics.formats import FORMATS
+from afpq.numerics.packing import layout
+from afpq.numerics.scheme import Scheme
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int32, torch.int8, torch.bool,
           torch.complex64, torch.float8_e4m3fn)  # fmt: skip

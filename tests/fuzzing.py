@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import afpq
-from afpq.blocks import replace_module
+from afpq.checkpoint.info import model_info
+from afpq.checkpoint.reader import INDEX, WEIGHTS, open_checkpoint
 from afpq.errors import AfpqError
-from afpq.info import model_info
-from afpq.inspect_model import InspectSettings, inspect_model
-from afpq.linear import AfpqLinear
-from afpq.loading import load_model, quiet_transformers
-from afpq.source import INDEX, WEIGHTS, open_checkpoint
+from afpq.evaluation.inspect_weights import InspectSettings, inspect_model
+from afpq.evaluation.loading import load_model, quiet_transformers
+from afpq.model.blocks import replace_module
+from afpq.model.linear import AfpqLinear
 
 Dice = Callable[[int], int]  # n -> 0 .. n - 1
 Files = dict[str, bytes | str]  # name -> content; a string stands for something that is no plain file

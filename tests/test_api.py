@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import afpq
 from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme, quantize
-from afpq.card import PICTURE
-from afpq.carry_out import LOG_NAME
-from afpq.convert import quantize_model
-from afpq.job import prepare
-from afpq.source import CARD, WEIGHTS
+from afpq.checkpoint.reader import CARD, WEIGHTS
+from afpq.jobs.execute import LOG_NAME
+from afpq.jobs.prepare import prepare
+from afpq.jobs.quality_card import PICTURE
+from afpq.model.quantize_in_memory import quantize_model
 
 IDS = torch.arange(0, 240, 5).view(2, 24)
 PARTS = (".qweight", ".scales", ".scales_pos", ".scales_neg", ".zeros")

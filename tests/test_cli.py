@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afpq
+from afpq.checkpoint.reader import WEIGHTS
 from afpq.cli import main
-from afpq.data import tokenize, windows
-from afpq.evaluate import evaluate
+from afpq.evaluation.perplexity import evaluate
+from afpq.evaluation.text import tokenize, windows
 from afpq.kernels import set_compute
-from afpq.source import WEIGHTS
 
 TEXT = "The quick brown fox jumps over the lazy dog; größer als nötig.\n" * 12
 
@@ -184,7 +184,7 @@ def test_a_budget_is_shown_saved_and_measured_once(
     assert 3.3 < told["bits_per_weight"] <= 3.5 == told["budget"]["bits_per_weight"]
     assert sum(scheme["layers"] for scheme in told["budget"]["schemes"]) == 14 == len(told["layers"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.sensitivities.json", "plan.json", "text.txt"]
-    monkeypatch.setattr("afpq.budget.measure_losses", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("afpq.jobs.bit_budget.measure_losses", lambda *_: pytest.fail("measured again"))
     assert cli("quantize", tiny_model_dir, tmp_path / "out", *options).code == 0
     assert read_json(tmp_path / "plan.json")["layers"] == told["layers"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json", "text.txt"]

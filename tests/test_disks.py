@@ -18,9 +18,9 @@ from test_cli import Cli
 from test_cli import cli as cli  # the fixture
 
 from afpq import AfpqError, CalibrationSettings, quantize
-from afpq.calibrate import Activations
-from afpq.checkpoint import write_whole
-from afpq.workdir import JOURNAL
+from afpq.calibration.hidden_states import Activations
+from afpq.checkpoint.atomic_files import write_whole
+from afpq.checkpoint.work_directory import JOURNAL
 
 SIZE = 8 << 20  # bytes of the small disk
 STAGES = {"rtn": (8, 130, 150), "gptq": (200, 560, 800)}  # kilobytes that are free, for the tiny model

@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 import afpq
 from afpq import AfpqConfig, AfpqError, AfpqLinear, GptqOptions
-from afpq.blocks import find_blocks
-from afpq.info import model_info
-from afpq.loading import generates, load_model
-from afpq.packing import from_tensors, layout
-from afpq.plan import Plan
-from afpq.source import WEIGHTS
+from afpq.checkpoint.info import model_info
+from afpq.checkpoint.plan import Plan
+from afpq.checkpoint.reader import WEIGHTS
+from afpq.evaluation.loading import generates, load_model
+from afpq.model.blocks import find_blocks
+from afpq.numerics.packing import from_tensors, layout
 
 SCHEME = "nf4-asym-g32-log8"
 KEYS = {"format": "nf4", "group_size": 32}
@@ -58,7 +58,7 @@ def cases(methods: tuple[str, ...] = ("",)) -> list[Any]:
 @pytest.fixture(autouse=True)
 def bare_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without their pictures, which take half of the time."""
-    monkeypatch.setattr("afpq.card.plot_errors", lambda *_: False)
+    monkeypatch.setattr("afpq.jobs.quality_card.plot_errors", lambda *_: False)
 
 
 @pytest.fixture(scope="module")

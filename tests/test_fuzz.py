@@ -21,12 +21,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernels.test_csrc import AVX2, COMPILER
 from safetensors.torch import load_file, save_file
-from test_csrc import AVX2, COMPILER
 
 from afpq import AfpqError
-from afpq.loading import load_model
-from afpq.source import WEIGHTS
+from afpq.checkpoint.reader import WEIGHTS
+from afpq.evaluation.loading import load_model
 
 TESTS = Path(__file__).parent
 many = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

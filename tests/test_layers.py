@@ -1,45 +1,39 @@
 # SPDX-License-Identifier: MIT
-"""The shape of the code: a file imports only files above it, optional packages stay optional, files stay short."""
+"""The shape of the code: rooms that import only rooms before them, optional packages kept optional, short files."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "afpq"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "afpq"
 
-# Every module of the package, in reading order: each imports only modules further up.
-ORDER = [
-    "errors", "devices", "version", "formats", "scheme", "scales", "groups", "search",
-    "algorithms.books", "algorithms.rtn", "algorithms.awq", "algorithms.descent", "algorithms.gptq",
-    "algorithms.two_sided", "algorithms.correction", "algorithms.knapsack", "algorithms",
-    "packing", "kernels.packed", "kernels.reference", "kernels.cpu", "kernels.tiles", "kernels.triton", "kernels.gpu",
-    "kernels", "linear", "coverage", "blocks", "ends", "embedding", "source", "experts", "names", "unfuse", "folds",
-    "calibrate", "routing", "cards", "config", "data", "skeleton", "plan", "decide", "pipeline", "transforms", "solve",
-    "head", "gradients", "taps", "fisher", "calibrated", "sensitivity", "convert", "swap", "unpack_model",
-    "checkpoint", "budget", "lock", "workdir", "integrations", "integrations.hub", "integrations.transformers",
-    "memory", "loading", "selftest", "stored", "integrations.peft", "integrations.lm_eval",
-    "evaluate", "measure", "report", "card", "job", "end_pass", "carry_out", "api", "info", "inspect_model", "estimate",
-    "demo",
-    "provenance", "rewrite", "export_model", "bnb", "import_checkpoint",
-    "__init__", "console",
-    "comparison", "comparison.speed", "comparison.distributions", "comparison.peers", "comparison.cells",
-    "comparison.agenda", "comparison.findings", "comparison.tabulate", "comparison.compare",
-    "comparison.svg", "comparison.figures", "comparison.page", "comparison.report",
-    "commands", "commands.common", "commands.quantize", "commands.inspect", "commands.evaluate", "commands.compare",
-    "commands.exchange", "cli", "__main__",
+# Folders and the files beside them, in reading order: each imports only itself and what comes before it. Inside a room
+# files may import each other as long as there is no circle.
+ROOMS = [
+    "errors", "version", "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint", "calibration",
+    "integrations", "evaluation", "demo", "jobs", "comparison", "api", "__init__", "commands", "cli", "__main__",
 ]  # fmt: skip
+MAX_IN_ROOT = 8
 
 OPTIONAL = {
     "matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao", "accelerate",
 }  # fmt: skip
 BEHIND = {
-    "kernels.triton": {"triton"},
+    "kernels.triton_kernels": {"triton"},
     "integrations.peft": {"peft"},
 }  # modules that need an optional package, and are imported in functions only
+# What a room must not touch: models and files are for those behind it.
+FORBIDDEN = {
+    "numerics": {"transformers", "safetensors", "huggingface_hub", "pathlib"},
+    "algorithms": {"transformers", "safetensors", "huggingface_hub", "pathlib"},
+    "kernels": {"transformers", "safetensors", "huggingface_hub"},
+}
 MAX_LINES = 350
 
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -49,6 +43,14 @@ def module_of(file: Path, root: Path = SOURCE) -> str:
     """`algorithms/rtn.py` -> algorithms.rtn, `kernels/__init__.py` -> kernels, `__init__.py` -> __init__."""
     parts = file.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = [module_of(file) for file in FILES]
+
+
+def room_of(module: str) -> str:
+    """The first part of a module's name."""
+    return module.partition(".")[0]
 
 
 def afpq_imports(text: str, modules: list[str]) -> Iterator[str]:
@@ -68,15 +70,30 @@ def afpq_imports(text: str, modules: list[str]) -> Iterator[str]:
                 yield name.removeprefix("afpq.") if name != "afpq" else "__init__"
 
 
-def upward_imports(texts: dict[str, str], order: list[str]) -> list[str]:
-    """One line for every import of a module that does not come earlier in `order`; `texts` are by module."""
+def upward_imports(texts: dict[str, str], rooms: list[str]) -> list[str]:
+    """One line for every import from a room that does not come before the file's own; `texts` are by module."""
     return [
         f"{module} imports {imported}"
         for module, text in texts.items()
-        if module in order
-        for imported in afpq_imports(text, order)
-        if imported not in order[: order.index(module)]
+        for imported in afpq_imports(text, list(texts))
+        if room_of(imported) not in rooms[: rooms.index(room_of(module)) + 1]
     ]
+
+
+def circle(texts: dict[str, str]) -> list[str]:
+    """The modules of one circle of imports, the first again at its end; none where there is no circle.
+
+    A room's `__init__` re-exports its files, so an import of the room is not one of the `__init__`.
+    """
+    graph = {
+        module: {imported for imported in afpq_imports(text, list(texts)) if imported in texts} - {room_of(module)}
+        for module, text in texts.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
@@ -119,32 +136,59 @@ def runs_what_it_reads(text: str) -> bool:
     return bool(called & RUNS_DATA or imported_packages(ast.walk(tree)) & UNSAFE_PACKAGES or allows)
 
 
-def test_the_order_names_every_module_once() -> None:
-    assert sorted(ORDER) == sorted(module_of(file) for file in FILES)
+def texts() -> dict[str, str]:
+    return {module_of(file): file.read_text("utf-8") for file in FILES}
 
 
-def test_imports_go_up_only() -> None:
-    assert upward_imports({module_of(file): file.read_text("utf-8") for file in FILES}, ORDER) == []
+def test_every_room_has_its_place() -> None:
+    assert sorted(ROOMS) == sorted({room_of(module) for module in MODULES})
+    assert len(list(SOURCE.glob("*.py"))) <= MAX_IN_ROOT
+
+
+def test_rooms_import_only_rooms_before_them() -> None:
+    assert upward_imports(texts(), ROOMS) == []
+
+
+def test_no_circles() -> None:
+    assert circle(texts()) == []
 
 
 @pytest.mark.parametrize(
     ("text", "caught"),
     [
-        ("from afpq.low import f", []),
-        ("import afpq.high", ["middle imports high"]),
-        ("from afpq.high import f", ["middle imports high"]),
-        ("from afpq import high", ["middle imports high"]),
-        ("from afpq import f", ["middle imports __init__"]),
-        ("import afpq", ["middle imports __init__"]),
-        ("def g():\n    from afpq.high import f", ["middle imports high"]),
-        ("from afpq.pack import inner", ["middle imports pack.inner"]),
-        ("from afpq.unlisted import f", ["middle imports unlisted"]),
-        ("from afpq.middle import f", ["middle imports middle"]),
+        ("from afpq.low.a import f", []),
+        ("from afpq.middle.b import f", []),
+        ("import afpq.high", ["middle.a imports high"]),
+        ("from afpq.high import f", ["middle.a imports high"]),
+        ("from afpq import high", ["middle.a imports high"]),
+        ("from afpq import f", ["middle.a imports __init__"]),
+        ("import afpq", ["middle.a imports __init__"]),
+        ("def g():\n    from afpq.high import f", ["middle.a imports high"]),
+        ("from afpq.unlisted import f", ["middle.a imports unlisted"]),
         ("import torch\nfrom os import path", []),
     ],
 )
-def test_the_check_of_imports_works(text: str, caught: list[str]) -> None:
-    assert upward_imports({"middle": text}, ["low", "middle", "high", "pack.inner", "__init__"]) == caught
+def test_the_check_of_rooms_works(text: str, caught: list[str]) -> None:
+    others = dict.fromkeys(("low.a", "middle.b", "high", "__init__"), "")
+    assert upward_imports({"middle.a": text, **others}, ["low", "middle", "high", "__init__"]) == caught
+
+
+def test_the_check_of_circles_works() -> None:
+    straight = {"room.a": "", "room.b": "from afpq.room.a import f", "room": "from afpq.room.b import g"}
+    assert circle(straight) == []
+    assert set(circle({**straight, "room.a": "def g():\n    from afpq.room import b"})) == {"room.a", "room.b"}
+
+
+def test_every_module_has_a_name_of_its_own() -> None:
+    """`rows` says where to look; two of them would not."""
+    names = [module.rpartition(".")[2] for module in MODULES if module not in ROOMS]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_a_room_says_in_one_sentence_what_it_is() -> None:
+    for file in SOURCE.glob("*/__init__.py"):
+        first = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").splitlines()[0]
+        assert first.endswith(".") and len(first) <= 120, file
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
@@ -154,6 +198,7 @@ def test_file_keeps_the_rules(file: Path) -> None:
     assert len(text.splitlines()) <= MAX_LINES
     allowed = BEHIND.get(module_of(file), set())
     assert not imported_packages(outside_functions(ast.parse(text))) & OPTIONAL - allowed
+    assert not imported_packages(ast.walk(ast.parse(text))) & FORBIDDEN.get(room_of(module_of(file)), set())
     assert not loads_pickles(text)
     assert not runs_what_it_reads(text)
     assert ast.get_docstring(ast.parse(text))
@@ -164,7 +209,7 @@ def test_modules_behind_an_optional_package_are_imported_in_functions_only() -> 
         top = ast.Module(
             [n for n in outside_functions(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.stmt)], []
         )
-        assert not BEHIND.keys() & set(afpq_imports(ast.unparse(top), ORDER)), file
+        assert not BEHIND.keys() & set(afpq_imports(ast.unparse(top), MODULES)), file
 
 
 def test_no_public_name_is_also_a_module() -> None:

@@ -19,18 +19,19 @@ from typer.testing import CliRunner
 
 import afpq
 from afpq import AfpqConfig, AfpqError, CalibrationSettings, Recipe, parse_scheme
-from afpq.algorithms import books
-from afpq.carry_out import LOG_NAME
+from afpq.algorithms import learned_codebooks as books
+from afpq.checkpoint.info import model_info
+from afpq.checkpoint.quantization_config import config_from_json, config_to_json
+from afpq.checkpoint.reader import WEIGHTS
 from afpq.cli import app
-from afpq.config import config_from_json, config_to_json
-from afpq.convert import model_bits, quantize_model
-from afpq.export_model import export
-from afpq.formats import parse_format
-from afpq.info import model_info
+from afpq.jobs.execute import LOG_NAME
+from afpq.jobs.export import export
 from afpq.kernels import reference
-from afpq.linear import AfpqLinear
-from afpq.scheme import METHODS, Scheme, exactly, name_of
-from afpq.source import WEIGHTS
+from afpq.model.linear import AfpqLinear
+from afpq.model.quantize_in_memory import model_bits, quantize_model
+from afpq.numerics.formats import parse_format
+from afpq.numerics.scheme import Scheme
+from afpq.recipe import METHODS, exactly, name_of
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 SETTINGS = CalibrationSettings(samples=4, seq_len=32)
@@ -280,7 +281,7 @@ def test_every_kernel_runs_a_learned_book(tiny_model_dir: Path, tmp_path: Path, 
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
     book = layer.scheme.format
     packed = (layer.qweight, *layer._scale_buffers(), list(book.values), book.bits, layer.scheme.group_size)
-    from afpq.kernels.packed import Packed
+    from afpq.kernels.operands import Packed
 
     weight = Packed._make(packed)
     torch.testing.assert_close(reference.linear(x, weight, None), expected, rtol=1e-4, atol=1e-5)

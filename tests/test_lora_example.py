@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import afpq
-from afpq.demo import MODEL
+from afpq.demo.run_demo import MODEL
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'afpq[peft]'")
 pytest.importorskip("accelerate", reason="the trainer needs it: pip install 'afpq[peft]'")

@@ -15,17 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import afpq
+from afpq.checkpoint.info import model_info
+from afpq.checkpoint.plan import Plan
+from afpq.checkpoint.reader import open_checkpoint
 from afpq.cli import app
 from afpq.errors import AfpqError
-from afpq.estimate import _calibration_flops, _expert_share
-from afpq.experts import AfpqExperts
-from afpq.info import model_info
-from afpq.job import CalibrationSettings, prepare
-from afpq.linear import AfpqLinear
-from afpq.loading import load_model
-from afpq.plan import Plan
-from afpq.scheme import Recipe
-from afpq.source import open_checkpoint
+from afpq.evaluation.loading import load_model
+from afpq.jobs.estimate import _calibration_flops, _expert_share
+from afpq.jobs.prepare import CalibrationSettings, prepare
+from afpq.model.experts import AfpqExperts
+from afpq.model.linear import AfpqLinear
+from afpq.recipe import Recipe
 
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256,
@@ -151,7 +151,7 @@ def notes_of(out: Path) -> dict[str, dict[str, Any]]:
 def test_experts_too_large_for_moments_of_gradients_are_solved_without(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("afpq.calibrated.EXPERTS_BYTES", 100)
+    monkeypatch.setattr("afpq.calibration.calibrated_run.EXPERTS_BYTES", 100)
     calibrated(sources["mixtral"], tmp_path / "out", "tune")
     notes = [json.loads(line) for line in (tmp_path / "out" / "afpq_log.jsonl").read_text().splitlines()]
     for note in notes:
@@ -172,7 +172,7 @@ def test_gptq_lowers_the_error_of_experts_outputs(sources: dict[str, Path], tmp_
 
 def test_an_expert_without_tokens_is_rounded_and_reported(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("afpq.routing.Routed.tokens_of", _without_expert_0)
+        patch.setattr("afpq.calibration.expert_inputs.Routed.tokens_of", _without_expert_0)
         calibrated(sources["mixtral"], tmp_path / "out")
     notes = notes_of(tmp_path / "out")
     starved = [notes[f"model.layers.0.mlp.experts.0.{leaf}"] for leaf in ("w1", "w2", "w3")]
@@ -183,7 +183,7 @@ def test_an_expert_without_tokens_is_rounded_and_reported(sources: dict[str, Pat
 
 
 def _without_expert_0(routed: Any, expert: int | None) -> Any:
-    from afpq.routing import Tokens
+    from afpq.calibration.expert_inputs import Tokens
 
     reached = (routed.chosen == expert).any(dim=1) & (expert != 0)
     return Tokens(routed.hidden, reached.nonzero()[:, 0])
@@ -223,7 +223,7 @@ def test_a_command_says_which_experts_learned_nothing(sources: dict[str, Path], 
     command = ["quantize", str(sources["mixtral"]), str(tmp_path / "out"), "--method", "gptq", "--samples", "4"]
     command += ["--seq-len", "32", "--text", str(tmp_path / "text"), "--no-card-measure", "--group-size", "32"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("afpq.routing.Routed.tokens_of", _without_expert_0)
+        patch.setattr("afpq.calibration.expert_inputs.Routed.tokens_of", _without_expert_0)
         told = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "json")])
     assert told.exit_code == 0, told.output
     assert (

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 
 import afpq
 from afpq import AfpqError
-from afpq.commands.common import app
-from afpq.info import model_info
-from afpq.inspect_model import inspect_model
-from afpq.loading import load_model, load_tokenizer
-from afpq.source import INDEX, WEIGHTS, open_checkpoint
+from afpq.checkpoint.info import model_info
+from afpq.checkpoint.reader import INDEX, WEIGHTS, open_checkpoint
+from afpq.commands.options import app
+from afpq.evaluation.inspect_weights import inspect_model
+from afpq.evaluation.loading import load_model, load_tokenizer
 
 NOT_IMPORTED = {"kernels.triton", "kernels.libafpq_cpu"}  # needs an extra; and no module at all
 TRUST = "trust_remote_code"
@@ -57,7 +57,11 @@ def test_no_function_trusts_a_checkpoint_by_default() -> None:
         if dataclasses.is_dataclass(function):
             fields = {field.name: field.default for field in dataclasses.fields(function)}
             defaults |= {f"{name} field": fields[TRUST]} if TRUST in fields else {}
-    assert {"afpq.api.quantize", "afpq.loading.load_model", "afpq.info.model_info"} <= defaults.keys()
+    assert {
+        "afpq.api.quantize",
+        "afpq.evaluation.loading.load_model",
+        "afpq.checkpoint.info.model_info",
+    } <= defaults.keys()
     asked = (False, inspect.Parameter.empty, dataclasses.MISSING)
     assert [name for name, default in defaults.items() if default not in asked] == []
 

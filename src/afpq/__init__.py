@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
 """afpq: 3- and 4-bit weights with a scale for each sign. Importing it registers the Transformers plug-in."""
 
+from afpq.algorithms.solver_options import GptqOptions
 from afpq.api import quantize
-from afpq.embedding import AfpqEmbedding
 from afpq.errors import AfpqError
-from afpq.export_model import export
-from afpq.formats import Format, custom_format, parse_format
-from afpq.groups import QuantizedWeight
-from afpq.import_checkpoint import import_model
 from afpq.integrations.transformers import AfpqConfig
-from afpq.job import CalibrationSettings
+from afpq.jobs.export import export
+from afpq.jobs.import_bitsandbytes import import_model
+from afpq.jobs.prepare import CalibrationSettings
 from afpq.kernels import set_compute
-from afpq.linear import AfpqLinear
-from afpq.scheme import GptqOptions, Recipe, Scheme, parse_scheme
+from afpq.model.embedding import AfpqEmbedding
+from afpq.model.linear import AfpqLinear
+from afpq.numerics.formats import Format, custom_format, parse_format
+from afpq.numerics.groups import QuantizedWeight
+from afpq.numerics.scheme import Scheme, parse_scheme
+from afpq.recipe import Recipe
 from afpq.version import __version__
 
 __all__ = [

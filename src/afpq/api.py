@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from afpq.budget import make_budget
-from afpq.carry_out import execute
-from afpq.job import CalibrationSettings, Progress, prepare, sensitivities_file
-from afpq.plan import Plan
-from afpq.scheme import DEFAULT_SCHEME, Recipe, Scheme, parse_scheme, scheme_of_end
+from afpq.checkpoint.plan import Plan
+from afpq.jobs.bit_budget import make_budget
+from afpq.jobs.execute import execute
+from afpq.jobs.prepare import CalibrationSettings, Progress, prepare, sensitivities_file
+from afpq.numerics.scheme import DEFAULT_SCHEME, Scheme, parse_scheme
+from afpq.recipe import Recipe, scheme_of_end
 
 
 def quantize(

@@ -11,9 +11,10 @@ from typing import NoReturn
 
 import typer
 
-from afpq.commands import compare, evaluate, exchange, inspect, quantize
-from afpq.commands.common import app
-from afpq.console import errors
+from afpq.commands import compare, evaluate, inspect, quantize
+from afpq.commands import export_import as exchange
+from afpq.commands.console import errors
+from afpq.commands.options import app
 from afpq.errors import AfpqError
 
 COMMANDS = (quantize, inspect, evaluate, compare, exchange)  # importing them registers their commands

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The AVX-512 and AMX intrinsics that csrc/kernels_avx512.cpp and csrc/kernels_amx.cpp use, as plain loops written
+// The AVX-512 and AMX intrinsics that csrc/x86/avx512.cpp and csrc/x86/amx_bf16.cpp use, as plain loops written
 // from Intel's descriptions, so that their results can be tested on any AVX2 machine (AFPQ_EMULATE). What AVX2 and
 // below offer is the real thing. Inside namespace afpq these names hide those of <immintrin.h>.
 #pragma once

@@ -19,9 +19,17 @@ import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, decode_groups, encode_groups, extremes, parts, scales_from_range, with_grid
-from afpq.scheme import Scheme
-from afpq.search import RATIOS
+from afpq.numerics.groups import (
+    GroupScales,
+    decode_groups,
+    encode_groups,
+    extremes,
+    parts,
+    scales_from_range,
+    with_grid,
+)
+from afpq.numerics.scale_search import RATIOS
+from afpq.numerics.scheme import Scheme
 
 SMALLEST, LARGEST = 1e-4, 1e4  # of channel scales: beyond, float16 weights and norms would lose digits
 CHUNK = 2**16  # weights clipped at a time: all their candidates, a few times over, are in memory

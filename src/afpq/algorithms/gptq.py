@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from afpq.algorithms.books import with_book
-from afpq.algorithms.descent import descend
+from afpq.algorithms.coordinate_descent import descend
+from afpq.algorithms.learned_codebooks import with_book
+from afpq.algorithms.solver_options import GptqOptions
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, QuantizedWeight, fit_scales, nearest_groups, with_grid
-from afpq.scheme import GptqOptions, Scheme
-from afpq.search import search_scales
+from afpq.numerics.groups import GroupScales, QuantizedWeight, fit_scales, nearest_groups, with_grid
+from afpq.numerics.scale_search import search_scales
+from afpq.numerics.scheme import Scheme
 
 BLOCK = 128  # columns corrected one by one before the rest of the matrix is, in one product
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afpq.algorithms.books import with_book
+from afpq.algorithms.learned_codebooks import with_book
 from afpq.errors import AfpqError
-from afpq.groups import GroupScales, QuantizedWeight, encode, fit_scales, with_grid
-from afpq.scheme import SCALE_SEARCHES, Scheme
-from afpq.search import search_scales
+from afpq.numerics.groups import GroupScales, QuantizedWeight, encode, fit_scales, with_grid
+from afpq.numerics.scale_search import SCALE_SEARCHES, search_scales
+from afpq.numerics.scheme import Scheme
 
 CHUNK = 2**18  # weights rounded at a time: temporaries of this size stay in the cache
 
@@ -40,3 +40,11 @@ def quantize_rtn(
     neg = torch.cat([s.neg for s in found]) if scheme.two_scales else pos
     zero = torch.cat([s.zero for s in found if s.zero is not None]) if scheme.zero_point else None
     return QuantizedWeight(codes, GroupScales(pos, neg, zero), scheme)
+
+
+def quantize_named(name: str, weight: Tensor, scheme: Scheme, scale_search: str) -> QuantizedWeight:
+    """One weight [out, in], any float, rounded to nearest. Raises AfpqError that starts with `name`."""
+    try:
+        return quantize_rtn(weight, scheme, scale_search)
+    except AfpqError as error:
+        raise AfpqError(f"{name}: {error}") from None

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from afpq.commands.common import DatasetOption, ModelArgument, TextOption, TrustOption, app
-from afpq.console import console, errors, progress_bar, quiet_transformers
+from afpq.commands.console import console, errors, progress_bar, quiet_transformers
+from afpq.commands.options import DatasetOption, ModelArgument, TextOption, TrustOption, app
 
 
 @app.command()
@@ -38,12 +38,12 @@ def compare(
 
     Finished cells are kept in the report's directory: the same command goes on, and other schemes or methods add to it.
     """
-    from afpq.comparison.agenda import Question, make_agenda
-    from afpq.comparison.compare import Comparison, asymmetries, describe_setting
     from afpq.comparison.findings import sentences
     from afpq.comparison.report import write_comparison
-    from afpq.data import read_text
-    from afpq.job import CalibrationSettings
+    from afpq.comparison.run import Comparison, asymmetries, describe_setting
+    from afpq.comparison.tasks import Question, make_agenda
+    from afpq.evaluation.text import read_text
+    from afpq.jobs.prepare import CalibrationSettings
 
     learned = _calibration_text(methods, calibration_text, dataset)
     question = Question(
@@ -68,8 +68,8 @@ def compare(
 
 def _calibration_text(methods: str, file: Path | None, dataset: str | None) -> str | None:
     """Read only where a method learns from it."""
-    from afpq.data import read_text
-    from afpq.scheme import METHODS
+    from afpq.evaluation.text import read_text
+    from afpq.recipe import METHODS
 
     wanted = any(method.strip() in METHODS and METHODS[method.strip()].calibrated for method in methods.split(","))
     if not wanted or (file is None and dataset is None):

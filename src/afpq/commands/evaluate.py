@@ -10,16 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from afpq.commands.common import (
-    DatasetOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    TextOption,
-    TrustOption,
-    app,
-)
-from afpq.console import (
+from afpq.commands.console import (
     check_json_place,
     console,
     errors,
@@ -29,6 +20,7 @@ from afpq.console import (
     save_json,
     size_text,
 )
+from afpq.commands.options import DatasetOption, DeviceOption, JsonOption, ModelArgument, TextOption, TrustOption, app
 from afpq.errors import AfpqError
 
 
@@ -55,10 +47,10 @@ def evaluate_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity with its standard error, the distance from a reference model, and scores on benchmarks."""
-    from afpq.data import read_text
-    from afpq.devices import find_device
-    from afpq.integrations.lm_eval import TaskOptions, TaskRun
-    from afpq.loading import load_model, load_tokenizer
+    from afpq.evaluation.benchmarks import TaskOptions, TaskRun
+    from afpq.evaluation.devices import find_device
+    from afpq.evaluation.loading import load_model, load_tokenizer
+    from afpq.evaluation.text import read_text
 
     check_json_place(json)
     find_device(device)
@@ -88,9 +80,9 @@ def _measure_text(
     model: Any, tokenizer: Any, text: str, seq_len: int, max_tokens: int | None, reference: Any
 ) -> dict[str, Any]:
     """Measure on a text, print the figures, and return them for `--json`."""
-    from afpq.data import tokenize, windows
-    from afpq.evaluate import evaluate, logits_of
-    from afpq.loading import window_length
+    from afpq.evaluation.loading import window_length
+    from afpq.evaluation.perplexity import evaluate, logits_of
+    from afpq.evaluation.text import tokenize, windows
 
     length = window_length(model, seq_len)
     token_windows = windows(tokenize(tokenizer, text), length, max_tokens)
@@ -128,7 +120,7 @@ def _print_tasks(scores: dict[str, Any], limit: int | None) -> None:
 @app.command()
 def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
     """True bits per weight, coverage and sizes of a checkpoint, from its headers."""
-    from afpq.info import model_info
+    from afpq.checkpoint.info import model_info
 
     check_json_place(json)
     with quiet_transformers():
@@ -161,8 +153,8 @@ def generate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Continue a text, greedily."""
+    from afpq.evaluation.loading import generate_text, load_model, load_tokenizer
     from afpq.kernels import set_compute
-    from afpq.loading import generate_text, load_model, load_tokenizer
 
     set_compute(compute)
     with quiet_transformers():

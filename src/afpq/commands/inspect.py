@@ -10,12 +10,12 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from afpq.commands.common import JsonOption, ModelArgument, TrustOption, app
-from afpq.console import check_json_place, console, progress_bar, quiet_transformers, save_json
+from afpq.commands.console import check_json_place, console, progress_bar, quiet_transformers, save_json
+from afpq.commands.options import JsonOption, ModelArgument, TrustOption, app
 from afpq.errors import AfpqError
 
 if TYPE_CHECKING:
-    from afpq.inspect_model import Inspection, LayerFigures
+    from afpq.evaluation.inspect_weights import Inspection, LayerFigures
 
 MOST = 3  # layers named as those that gain most
 CAVEAT = (
@@ -38,7 +38,7 @@ def inspect_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """How asymmetric a model's weights are, and what two scales would gain: seconds, from a sample of rows."""
-    from afpq.inspect_model import InspectSettings, inspect_model
+    from afpq.evaluation.inspect_weights import InspectSettings, inspect_model
 
     check_json_place(json)
     settings = InspectSettings(tuple(bits or (4, 3)), group_size, _count(layers), rows, seed, scale_search)
@@ -81,7 +81,7 @@ def _by_name(found: Inspection) -> dict[str, list[LayerFigures]]:
 
 
 def _print_asymmetry(found: Inspection, lines: dict[str, list[LayerFigures]]) -> None:
-    from afpq.inspect_model import weighted
+    from afpq.evaluation.inspect_weights import weighted
 
     title = f"Groups of {found.settings.group_size}: the longer side over the shorter"
     table = _table(title, "layer", "linears", "rows read", "median", "one-sided groups")
@@ -94,7 +94,7 @@ def _print_asymmetry(found: Inspection, lines: dict[str, list[LayerFigures]]) ->
 
 
 def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigures]]) -> None:
-    from afpq.inspect_model import gain, mean_error, recommend
+    from afpq.evaluation.inspect_weights import gain, mean_error, recommend
 
     rivals = found.settings.rivals(bits)
     names = [str(scheme) for scheme in rivals.all]

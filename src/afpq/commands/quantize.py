@@ -9,17 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from afpq.commands.common import (
-    DatasetOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    TextOption,
-    TrustOption,
-    WithBareOptions,
-    app,
-)
-from afpq.console import (
+from afpq.commands.console import (
     check_json_place,
     choice_json,
     console,
@@ -32,8 +22,18 @@ from afpq.console import (
     quiet_transformers,
     save_json,
 )
+from afpq.commands.options import (
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TrustOption,
+    WithBareOptions,
+    app,
+)
 from afpq.errors import AfpqError
-from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE
+from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE
 
 
 @app.command()
@@ -41,8 +41,8 @@ def demo(
     report: Annotated[Path | None, typer.Option(help="Write report.md, .json and .png into this directory.")] = None,
 ) -> None:
     """Quantize a small model that comes with the package in the paper's formats; needs no network."""
-    from afpq.demo import run_demo
-    from afpq.report import HEADER, cells, write_report
+    from afpq.demo.demo_report import HEADER, cells, write_report
+    from afpq.demo.run_demo import run_demo
 
     with quiet_transformers(), progress_bar("float16") as advance:
         rows = run_demo(progress=advance)
@@ -138,13 +138,15 @@ def quantize(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
-    from afpq.budget import make_budget
-    from afpq.carry_out import execute
-    from afpq.data import read_text
-    from afpq.estimate import estimate
-    from afpq.formats import parse_format
-    from afpq.job import CalibrationSettings, prepare, sensitivities_file
-    from afpq.scheme import GptqOptions, Recipe, Scheme, scheme_of_end
+    from afpq.algorithms.solver_options import GptqOptions
+    from afpq.evaluation.text import read_text
+    from afpq.jobs.bit_budget import make_budget
+    from afpq.jobs.estimate import estimate
+    from afpq.jobs.execute import execute
+    from afpq.jobs.prepare import CalibrationSettings, prepare, sensitivities_file
+    from afpq.numerics.formats import parse_format
+    from afpq.numerics.scheme import Scheme
+    from afpq.recipe import Recipe, scheme_of_end
 
     scheme = Scheme(parse_format(format), group_size, sym, scale_dtype)
     recipe = Recipe(
@@ -193,7 +195,7 @@ def quantize(
 
 def _evaluation_text(file: Path | None, dataset: str | None) -> tuple[str | None, str]:
     """(what to measure on, its name): the file, or else the test split of the dataset calibrated on."""
-    from afpq.data import read_text
+    from afpq.evaluation.text import read_text
 
     if file is not None:
         return read_text(file, None), file.name
@@ -203,7 +205,7 @@ def _evaluation_text(file: Path | None, dataset: str | None) -> tuple[str | None
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    from afpq.scheme import parse_scheme
+    from afpq.numerics.scheme import parse_scheme
 
     pattern, separator, scheme = text.rpartition("=")
     if not separator or not pattern:

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from afpq.formats import FORMATS
-from afpq.groups import extremes
-from afpq.scheme import Scheme
+from afpq.numerics.formats import FORMATS
+from afpq.numerics.groups import extremes
+from afpq.numerics.scheme import Scheme
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from afpq.comparison.cells import Cell, Result
-from afpq.formats import parse_format
-from afpq.scheme import Scheme
+from afpq.numerics.formats import parse_format
+from afpq.numerics.scheme import Scheme
 
 SURE = 2.0  # standard errors
 EQUAL_BITS = 0.01  # true bits that count as the same

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from afpq.checkpoint import write_json, write_whole
+from afpq.checkpoint.atomic_files import write_json, write_whole
 from afpq.comparison.cells import Result
 from afpq.comparison.distributions import Asymmetry
 from afpq.comparison.findings import sentences
-from afpq.comparison.page import page
-from afpq.comparison.tabulate import About, in_order, markdown
+from afpq.comparison.html_page import page
+from afpq.comparison.rows import About, in_order, markdown
 from afpq.errors import AfpqError
 
 

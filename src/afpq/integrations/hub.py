@@ -18,9 +18,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
-from afpq.cards import LOAD, PAPER, card_metadata, front_matter
-from afpq.config import QUANT_METHOD
-from afpq.source import CARD
+from afpq.checkpoint.card_header import LOAD, PAPER, card_metadata, front_matter
+from afpq.checkpoint.quantization_config import QUANT_METHOD
+from afpq.checkpoint.reader import CARD
 from afpq.version import __version__
 
 GENERATED = "This model card has been automatically generated."  # in the card that Transformers writes

@@ -23,8 +23,8 @@ from transformers.utils.versions import require_version
 
 from afpq.algorithms import quantize_rtn
 from afpq.errors import AfpqError
-from afpq.groups import QuantizedWeight, encode
-from afpq.linear import AfpqLinear
+from afpq.model.linear import AfpqLinear
+from afpq.numerics.groups import QuantizedWeight, encode
 
 try:
     require_version("peft>=0.19")  # earlier ones hand layers their settings in another way

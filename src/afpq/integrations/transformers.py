@@ -24,32 +24,26 @@ from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from afpq.blocks import find_blocks
-from afpq.config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json, is_kept
-from afpq.coverage import warn_of_left
-from afpq.embedding import AfpqEmbedding
-from afpq.ends import Ends, saved_ends, settle_recipe
+from afpq.algorithms.rtn import quantize_named
+from afpq.checkpoint.locate import Located, check_headers, saved_name
+from afpq.checkpoint.plan import settled_recipe
+from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
+from afpq.checkpoint.reader import TensorInfo, tensor_headers
 from afpq.errors import AfpqError
-from afpq.experts import AfpqExperts, find_experts
-from afpq.groups import QuantizedWeight
 from afpq.integrations.hub import wrap_upload
-from afpq.linear import AfpqLinear, PackedModule
-from afpq.names import Located, Merge
-from afpq.packing import to_tensors
-from afpq.pipeline import solve
-from afpq.plan import settled_recipe
-from afpq.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Recipe, Scheme
-from afpq.source import TensorInfo, tensor_headers
-from afpq.swap import (
-    check_headers,
-    convertible,
-    saved_name,
-    spare_initialization,
-    swap_ends,
-    swap_matrices,
-    waits_to_be_quantized,
-)
-from afpq.unpack_model import unpack_model
+from afpq.model.blocks import find_blocks
+from afpq.model.coverage import warn_of_left
+from afpq.model.dequantize import unpack_model
+from afpq.model.embedding import AfpqEmbedding
+from afpq.model.embedding_and_head import Ends, saved_ends, settle_recipe
+from afpq.model.experts import AfpqExperts, find_experts
+from afpq.model.linear import AfpqLinear, PackedModule
+from afpq.model.packed_modules import convertible, spare_initialization, swap_ends, swap_matrices, waits_to_be_quantized
+from afpq.model.renamed_tensors import Merge
+from afpq.numerics.groups import QuantizedWeight
+from afpq.numerics.packing import to_tensors
+from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
+from afpq.recipe import Recipe, is_kept
 
 
 class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -258,11 +252,11 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
     def _solve(self, name: str, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
         try:
-            return solve(name, weight, scheme, self.quantizer.quantization_config.recipe()[0])
+            return quantize_named(name, weight, scheme, self.quantizer.quantization_config.recipe()[0].search)
         except AfpqError as error:
             # Transformers would swallow it; raised once all is loaded, so what stands here meanwhile is never used.
             self.quantizer.failures.append(error)
-            return solve(name, torch.zeros_like(weight), scheme, Recipe(scheme))
+            return quantize_named(name, torch.zeros_like(weight), scheme, "absmax")
 
 
 def _learned(model: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from afpq.errors import AfpqError
 from afpq.kernels import cpu, gpu, reference
 from afpq.kernels.cpu import set_compute
 from afpq.kernels.gpu import prepare
-from afpq.kernels.packed import Packed
+from afpq.kernels.operands import Packed
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? scales_neg, Tensor? zeros, Tensor? grid"
 _BOOK = "float[] codebook, int bits, int group_size"

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import reference
-from afpq.kernels.packed import BOOKS, Packed
-from afpq.packing import packed_size
+from afpq.kernels.operands import BOOKS, Packed
+from afpq.numerics.packing import packed_size
 
 LIBRARY = Path(__file__).with_name("libafpq_cpu.so")
 ISAS = ("amx", "avx512", "avx2", "portable")  # the best first

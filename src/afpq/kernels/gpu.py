@@ -24,16 +24,8 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import reference
-from afpq.kernels.packed import Packed
-from afpq.kernels.tiles import (
-    MOST_TOKENS,
-    Tile,
-    bucket,
-    candidates,
-    fastest,
-    steps_of_a_program,
-    tile_for,
-)
+from afpq.kernels.gpu_tiles import MOST_TOKENS, Tile, bucket, candidates, fastest, steps_of_a_program, tile_for
+from afpq.kernels.operands import Packed
 
 BITS = (2, 3, 4)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -46,7 +38,7 @@ ARENA = 1 << 20  # counters for captured graphs: 4 MiB
 def kernels() -> Any:
     """The module of kernels; None where Triton is not installed."""
     try:
-        from afpq.kernels import triton
+        from afpq.kernels import triton_kernels as triton
     except ImportError as error:
         warnings.warn(f"no Triton ({error}): afpq computes slowly on this GPU; pip install triton", stacklevel=2)
         return None

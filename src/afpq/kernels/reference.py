@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from afpq.errors import AfpqError
-from afpq.groups import decode
-from afpq.kernels.packed import Packed
-from afpq.packing import packed_size, scales_of, unpack
+from afpq.kernels.operands import Packed
+from afpq.numerics.groups import decode
+from afpq.numerics.packing import packed_size, scales_of, unpack
 
 # Weights unpacked at a time by `linear`: an output head of 8 bits would take gigabytes whole, and miss all caches.
 PART, PART_ON_CPU = 2**26, 2**20

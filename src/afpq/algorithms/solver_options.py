@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""What a solver can be told, as values: checked once, saved with a result, made into options of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from afpq.errors import AfpqError
+
+ORDERS = ("group", "act", "none")
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """`damp`: share of the Hessian's mean diagonal added to it. `order` of the columns: "group" (whole groups by
+    importance, columns by importance inside), "act" (all columns, scales fixed beforehand) or "none". `sweeps` of
+    coordinate descent afterwards. `float_target`: aim at the float model's outputs instead of repeating the errors of
+    earlier layers. `sequential`: a layer sees the quantized layers before it inside its block too.
+    """
+
+    damp: float = 0.01
+    order: str = "group"
+    sweeps: int = 3
+    float_target: bool = True
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise AfpqError(f"order {self.order!r}; known: {', '.join(ORDERS)}")
+        if not 0 < self.damp < 1 or self.sweeps < 0:
+            raise AfpqError(f"damp {self.damp} must lie between 0 and 1, sweeps {self.sweeps} must not be negative")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""What reaches the experts of a block: their inputs for all windows, and which tokens go to which expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from afpq.calibration.capture import BlockCall
+from afpq.calibration.hidden_states import BATCH_TOKENS, Activations, Inputs
+from afpq.calibration.stages import arguments_of
+from afpq.errors import AfpqError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of a tensor [tokens, hidden]: what enters one expert, as Activations are what enters a block."""
+
+    tensor: Tensor
+    rows: Tensor
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """(which tokens, their hidden states)."""
+        for rows in self.rows.split(BATCH_TOKENS):
+            if len(rows):
+                yield rows, self.tensor[rows].to(device)
+
+    def sample(self, device: torch.device) -> Tensor:
+        """At most one batch, spread evenly over all."""
+        count = min(len(self.rows), BATCH_TOKENS)
+        spread = torch.linspace(0, len(self.rows) - 1, count).round().long()
+        return self.tensor[self.rows[spread]].to(device)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The inputs of a module of experts: `hidden` [tokens, hidden] and the experts `chosen` [tokens, k] for each."""
+
+    hidden: Tensor
+    chosen: Tensor
+
+    def tokens_of(self, expert: int | None) -> Tokens:
+        """The tokens that are routed to an expert; all of them for None."""
+        reached = torch.ones(len(self.hidden), dtype=torch.bool)
+        if expert is not None:
+            reached = (self.chosen == expert).any(dim=1)
+        return Tokens(self.hidden, reached.nonzero()[:, 0])
+
+
+def routed_batch(block: nn.Module, experts: str, call: BlockCall, hidden: Tensor) -> Routed:
+    """What the module called `experts` gets when `hidden` enters the block; nothing behind it is run.
+
+    Raises AfpqError where the block does not hand it hidden states and the choice of experts, a row for each token.
+    """
+    args, kwargs = arguments_of(block, experts, call, hidden)
+    given = (*args, *kwargs.values())
+    if len(given) < 2 or len(given[0]) != len(given[1]):
+        raise AfpqError(f"{experts}: its experts are not called token by token here; use --method rtn")
+    return Routed(given[0].float(), given[1])
+
+
+def route(block: nn.Module, experts: str, call: BlockCall, inputs: Inputs, path: Path, device: torch.device) -> Routed:
+    """The inputs of a block's experts for all windows; the hidden states lie in the new file `path`."""
+    windows, length, width = inputs.tensor.shape
+    store: Tensor | None = None
+    chosen: list[Tensor] = []
+    first = 0
+    for _, hidden in inputs.batches(device):
+        batch = routed_batch(block, experts, call, hidden)
+        if store is None:
+            width = batch.hidden.shape[-1]
+            store = Activations(path, (windows * length, width), create=True).tensor
+        if first + len(batch.hidden) > len(store):
+            raise AfpqError(f"{experts}: gets more tokens than there are; use --method rtn")
+        store[first : first + len(batch.hidden)] = batch.hidden.cpu()
+        chosen.append(batch.chosen.cpu())
+        first += len(batch.hidden)
+    assert store is not None
+    return Routed(store[:first], torch.cat(chosen))

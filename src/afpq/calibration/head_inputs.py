@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""The ends of a model in a calibrated run: an embedding's rounding on the way in, the head's inputs on the way out.
+
+The head reads what the model makes of the last block's outputs (its final norm, whatever else an architecture has
+there). So the model is run around its blocks once more, with what left the last block put in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from afpq.algorithms import with_book
+from afpq.algorithms.rtn import quantize_named
+from afpq.calibration.capture import BlockCall
+from afpq.calibration.hidden_states import Activations, batch_size
+from afpq.calibration.round_units import LayerLog
+from afpq.calibration.stages import Moments, input_of
+from afpq.checkpoint.plan import Plan, Target
+from afpq.model.blocks import Block
+from afpq.numerics.groups import QuantizedWeight, with_grid
+from afpq.numerics.packing import to_tensors
+from afpq.recipe import Recipe
+
+PART = 2**26  # weights of a head solved at a time: as many as a large layer of a block has
+Solver = Callable[[Tensor, Moments | None, Target, Recipe], tuple[QuantizedWeight, LayerLog]]
+WHOLE = BlockCall((), {"use_cache": False}, False)
+
+
+def fill_outside(model: PreTrainedModel, blocks: list[Block], plan: Plan, head: bool = True) -> None:
+    """Load the parameters outside the blocks as float32; without `head`, one that is no embedding stays as it is."""
+    inside = tuple(f"{block.name}." for block in blocks)
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    alone = None if head or output is embedding else getattr(output, "weight", None)
+    if alone is not None and alone is getattr(embedding, "weight", None):
+        alone = None  # a tied one is there with the embedding
+    values: dict[str, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        source = name if name in plan.names else ties.get(name, name)
+        if name.startswith(inside) or source not in plan.names or parameter is alone:
+            continue
+        if source not in values:
+            values[source] = nn.Parameter(plan.checkpoint.read_stored(plan.names[source]).float(), False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, values[source])
+
+
+@contextmanager
+def rounded_embedding(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """Inside, the model looks tokens up in the table as it will be stored."""
+    lookup = model.get_input_embeddings()
+    assert recipe.embedding is not None
+    table = lookup.weight
+    lookup.weight = nn.Parameter(
+        quantize_named("the embedding", table, recipe.embedding, recipe.search).dequantize(), False
+    )
+    try:
+        yield
+    finally:
+        lookup.weight = table
+
+
+@torch.no_grad()
+def head_moments(
+    model: PreTrainedModel, blocks: list[Block], calls: dict[str, BlockCall], windows: Tensor, head: str,
+    streams: list[Activations], device: torch.device,
+) -> Moments:  # fmt: skip
+    """The moments of what the head reads over all windows.
+
+    `streams` are the states behind the last block, of the quantized model and, where it runs beside, of the float
+    one. All that stands between there and the head is real in `model`, in float32 on the CPU; the head need not be.
+    """
+    size = batch_size(*windows.shape)
+    moments: Moments | None = None
+    for first in range(0, len(windows), size):
+        rows = slice(first, first + size)
+        inputs = []
+        for stream in streams:
+            with standing_in(blocks, calls, stream.tensor[rows]):
+                inputs.append(input_of(model, head, WHOLE, windows[rows]).to(device))
+        x = inputs[0]
+        if moments is None:
+            H = torch.zeros(x.shape[1], x.shape[1], device=device)
+            moments = Moments(H, torch.zeros_like(H) if len(streams) > 1 else None, 0)
+        moments.H.addmm_(x.T, x)
+        moments.tokens += len(x)
+        if moments.D is not None:
+            moments.D.addmm_(x.T, inputs[1] - x)
+    assert moments is not None
+    return moments
+
+
+@contextmanager
+def standing_in(blocks: list[Block], calls: Mapping[str, BlockCall], hidden: Tensor) -> Iterator[None]:
+    """Inside, every block returns `hidden`, whatever it is given."""
+    try:
+        for block in blocks:
+            result = (hidden,) if calls[block.name].tuple_result else hidden
+            block.module.forward = lambda *_, result=result, **__: result
+        yield
+    finally:
+        for block in blocks:
+            del block.module.forward
+
+
+@torch.no_grad()
+def solve_in_parts(
+    W: Tensor, moments: Moments, target: Target, recipe: Recipe, solver: Solver
+) -> tuple[dict[str, Tensor], LayerLog]:
+    """A weight of any height [out, in] by `solver`, some rows at a time: (the tensors to save, on the CPU; its log).
+
+    Given the inputs' moments, rows do not depend on each other; only the grid of the scales and a learned book are the
+    whole weight's.
+    Errors of parts are averaged by the squares of the outputs (of the weights) they are relative to.
+    """
+    diagonal = moments.H.diagonal().to(W.device)
+    importance = diagonal if bool(diagonal.isfinite().all()) and bool(diagonal.max() > 0) else None
+    scheme = with_grid(W, with_book(W, target.scheme, recipe.search, importance))
+    target = dataclasses.replace(target, scheme=scheme)
+    height = max(8, PART // W.shape[1] // 8 * 8)  # whole bytes of zero points
+    tensors: dict[str, list[Tensor]] = {}
+    logs: list[LayerLog] = []
+    weights, outputs = [], []
+    for first in range(0, len(W), height):
+        part = W[first : first + height].to(moments.H.device, torch.float32)
+        solved, log = solver(part, moments, dataclasses.replace(target, shape=(len(part), W.shape[1])), recipe)
+        for name, tensor in to_tensors(solved).items():
+            tensors.setdefault(name, []).append(tensor.cpu())
+        logs.append(log)
+        weights.append(part.square().sum().item())
+        outputs.append(((part @ moments.H) * part).sum().item())
+    joined = {name: torch.cat(found, int(name == "zeros")) for name, found in tensors.items() if name != "scale_grid"}
+    joined |= {name: found[0] for name, found in tensors.items() if name == "scale_grid"}
+    return joined, _joined_log(logs, weights, outputs, target)
+
+
+def _joined_log(logs: list[LayerLog], weights: list[float], outputs: list[float], target: Target) -> LayerLog:
+    def mean(name: str, sizes: list[float]) -> float | None:
+        values: list[float] = [value for log in logs if (value := getattr(log, name)) is not None]
+        if len(values) < len(logs):
+            return None
+        return sum(v * s for v, s in zip(values, sizes)) / (sum(sizes) or 1.0)
+
+    return dataclasses.replace(
+        logs[0],
+        weight_error=mean("weight_error", weights) or 0.0,
+        bits_per_weight=8 * target.bytes / target.elements,
+        seconds=round(sum(log.seconds for log in logs), 4),
+        output_error_before=mean("output_error_before", outputs),
+        output_error=mean("output_error", outputs),
+        damp=max((log.damp for log in logs if log.damp is not None), default=None),
+        note=next((log.note for log in logs if log.note is not None), None),
+    )

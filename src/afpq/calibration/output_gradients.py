@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""What gradients of the whole model's predictions tell of a block's linears: how errors of their outputs weigh.
+
+Before the first block is quantized, one pass of the float model forwards and one backwards stores the gradients behind
+every block (`gradients.py`). When a block's turn comes, it is run backwards once more from those, and its linears are
+listened to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afpq.calibration.backward import Walk, step_back
+from afpq.calibration.capture import BlockCall
+from afpq.calibration.hidden_states import Activations
+from afpq.calibration.linear_hooks import Gram, hooked
+
+EXPERTS_BYTES = 2**32  # of moments of gradients, in one block: experts that would need more are solved without
+
+
+def store_gradients(walk: Walk, seed: int) -> None:
+    """Store the gradients behind every block in the walk's scratch directory, unless they are there.
+
+    Raises AfpqError where the architecture predicts no tokens or cannot be run backwards.
+    """
+    done = walk.scratch / "gradients.done"
+    if not done.exists():
+        walk.forwards()
+        walk.keep_gradients(seed, partial(gradients_file, walk.scratch))
+        done.touch()
+
+
+def gradients_file(scratch: Path, index: int) -> Path:
+    """Where the gradients behind block `index` are."""
+    return scratch / f"gradients-{index}.bin"
+
+
+def output_moments(
+    block: nn.Module, call: BlockCall, names: Sequence[str], inputs: Activations, behind: Activations,
+    device: torch.device,
+) -> dict[str, Tensor]:  # fmt: skip
+    """G of the block's linears `names`, [out, out] float32: the mean over tokens of g g^T, g an output's gradient.
+
+    In the float model: its block, its inputs and the gradients behind. Linears that are not run are left out. G is
+    shrunk towards its diagonal by out / (out + tokens), the share of its other elements that chance makes of so few.
+    """
+    sums: dict[str, Gram] = {}
+    step_back(block, call, inputs, behind, device, partial(_listening, names, sums))
+    return {name: _shrunk(gram) for name, gram in sums.items()}
+
+
+def _shrunk(gram: Gram) -> Tensor:
+    G = gram.matrix()
+    diagonal = G.diagonal() / gram.tokens
+    G = G / (gram.tokens + len(G))
+    G.diagonal().copy_(diagonal)
+    return G
+
+
+@contextmanager
+def _listening(names: Sequence[str], sums: dict[str, Gram], block: nn.Module, _rows: slice) -> Iterator[None]:
+    def add(name: str, gradient: Tensor) -> None:
+        sums.setdefault(name, Gram()).add(gradient.detach().flatten(0, -2).float())
+
+    def hook(name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(add, name))
+
+    with hooked(block, names, hook):
+        yield

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The linears of a block in stages that read one tensor, and the second moments of what a stage reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afpq.calibration.capture import BlockCall
+from afpq.calibration.hidden_states import Inputs
+from afpq.errors import AfpqError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block that read the same tensor, such as q, k and v; names within the block."""
+
+    linears: tuple[str, ...]
+
+
+@dataclass
+class Moments:
+    """Sums over all tokens of a stage's input x in the quantized model and f in the float one (float32).
+
+    H = sum x x^T and, where the float model runs beside, D = sum x (f - x)^T.
+    """
+
+    H: Tensor
+    D: Tensor | None
+    tokens: int
+
+
+@torch.no_grad()
+def find_stages(block: nn.Module, names: list[str], call: BlockCall, hidden: Tensor) -> list[Stage]:
+    """The block's linears `names`, grouped by the tensor they read, in the order they run; unused ones are left out."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            for tensor, readers in seen:
+                if tensor is args[0]:
+                    readers.append(name)
+                    return
+            seen.append((args[0], [name]))
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        call(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [Stage(tuple(dict.fromkeys(readers))) for _, readers in seen]
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the tensor it was run for is there."""
+
+
+@torch.no_grad()
+def arguments_of(
+    block: nn.Module, inside: str, call: BlockCall, hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the block gives to the module called `inside` when it gets `hidden`; nothing behind that is run.
+
+    Raises AfpqError where the module is not called.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Stop
+
+    handle = block.get_submodule(inside).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call(block, hidden)
+    except _Stop:
+        return found[0]
+    finally:
+        handle.remove()
+    raise AfpqError(f"{inside}: is not called when its block is run; use --method rtn")
+
+
+def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> Tensor:
+    """What the linear reads when the block gets `hidden`: [tokens, in], float32."""
+    x: Tensor = arguments_of(block, linear, call, hidden)[0][0]
+    return x.flatten(0, -2).float()
+
+
+def collect(
+    stage: Stage, call: BlockCall, block: nn.Module, inputs: Inputs, float_block: nn.Module | None,
+    float_inputs: Inputs | None, device: torch.device,
+) -> Moments:  # fmt: skip
+    """The moments of a stage's input over all windows; D needs the float model's block and inputs."""
+    moments: Moments | None = None
+    for rows, hidden in inputs.batches(device):
+        x = input_of(block, stage.linears[0], call, hidden)
+        if moments is None:
+            H = torch.zeros(x.shape[1], x.shape[1], device=device)
+            moments = Moments(H, None if float_block is None else torch.zeros_like(H), 0)
+        moments.H.addmm_(x.T, x)
+        moments.tokens += len(x)
+        if float_block is not None and float_inputs is not None and moments.D is not None:
+            f = input_of(float_block, stage.linears[0], call, float_inputs.tensor[rows].to(device))
+            moments.D.addmm_(x.T, f - x)
+    assert moments is not None
+    return moments

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""What a checkpoint holds: true bits per weight, coverage, sizes. Reads headers only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from afpq.checkpoint.quantized_layers import stored_layers
+from afpq.checkpoint.reader import open_checkpoint
+from afpq.model.coverage import kinds_left
+from afpq.numerics.formats import repeated_books
+
+_BOOK = re.compile(r"^lut:.*(?=-a?sym-g)")
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One quantized linear, or embedding."""
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Figures of a checkpoint. `bits_per_weight` is over the blocks' quantized weights with their scales and zero
+    points, or over all tensors of a model that is not quantized; `coverage` is the quantized share of the blocks'
+    weights, `left` the others by tensor: its name, with numbers as `*` -> how many weights. `file_bits_per_weight` is
+    over everything stored. `ends` are the head and the embedding where they are quantized (a tied pair once, as the
+    embedding); `layers` has them too."""
+
+    bits_per_weight: float
+    coverage: float
+    left: dict[str, int]
+    quantized_parameters: int
+    total_parameters: int
+    file_bytes: int
+    layers: list[LayerInfo]
+    quantization_config: dict[str, Any] | None
+    file_bits_per_weight: float = 0.0
+    ends: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def schemes(self) -> list[str]:
+        """The schemes of the blocks, sorted; where there are many code books, their number instead of all values."""
+        kinds: dict[str, list[str]] = {}
+        for scheme in {layer.scheme for layer in self.layers if layer.name not in self.ends}:
+            kinds.setdefault(_BOOK.sub("lut", scheme), []).append(scheme)
+        return sorted(f"{kind} ({len(s)} code books)" if len(s) > 1 else s[0] for kind, s in kinds.items())
+
+
+def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
+    """Of a directory or hub id. Raises AfpqError for a checkpoint that is broken or quantized by another tool."""
+    checkpoint = open_checkpoint(model)
+    files = {info.file for info in checkpoint.tensors.values()}
+    file_bytes = sum(file.stat().st_size for file in files)
+    keys = checkpoint.config.get("quantization_config")
+    stored = stored_layers(checkpoint, trust_remote_code) if keys else []
+    parts = {name: checkpoint.tensors[name].bytes for layer in stored for name in layer.tensors.values()}
+    ends = tuple(layer.name for layer in stored if layer.end)
+    inside = [layer for layer in stored if not layer.end] or stored
+    quantized = sum(layer.elements for layer in stored)
+    in_layers = sum(layer.elements for layer in inside)
+    plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
+    total = quantized + sum(info.elements for info in plain.values())
+    formats = [layer.scheme.format for layer in stored]
+    books = sum(format.book_bytes for format in formats) - repeated_books(formats)
+    every = sum(parts.values()) + sum(info.bytes for info in plain.values()) + books
+    again = repeated_books(layer.scheme.format for layer in inside)
+    bits = sum(layer.bits_per_weight * layer.elements for layer in inside) - 8 * again if stored else 8 * every
+    covered = sum(layer.elements for layer in stored if not layer.end)
+    left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
+    return ModelInfo(
+        bits_per_weight=bits / (in_layers or total),
+        coverage=covered / (covered + sum(left.values())) if covered else 0.0,
+        left=kinds_left(left),
+        quantized_parameters=quantized,
+        total_parameters=total,
+        file_bytes=file_bytes,
+        layers=[LayerInfo(each.name, str(each.scheme), each.shape, each.bits_per_weight) for each in stored],
+        quantization_config=keys,
+        file_bits_per_weight=8 * every / total,
+        ends=ends,
+    )
+
+
+def _in_block(name: str) -> bool:
+    """Whether a tensor's name has an index in it, as those of repeated blocks do."""
+    return any(part.isdigit() for part in name.split("."))

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""The checkpoint's tensor for a name of the model, and the check that packed tensors have their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from afpq.checkpoint.reader import TensorInfo, read_tensor
+from afpq.errors import AfpqError
+from afpq.model.embedding import AfpqTiedHead
+from afpq.model.linear import PackedModule
+from afpq.model.renamed_tensors import Names
+from afpq.numerics.packing import layout
+
+
+class Located:
+    """The tensors of a checkpoint by the names of a model, which may differ by the base model's prefix too."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], model: nn.Module, known: Iterable[str] = ()) -> None:
+        """`known`: names of the model that are to be taken as they are where the checkpoint has them."""
+        self.names, taken = Names(model), set(known)
+        self.tensors, self.base = tensors, getattr(model, "base_model_prefix", "")
+        self.stored = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
+
+    def find(self, name: str) -> str | None:
+        """The checkpoint's name of the model's tensor `name`."""
+        found = self.full(name)
+        return None if found is None else self.stored[found]
+
+    def full(self, name: str) -> str | None:
+        """`name` with the base model's prefix, or without, as the checkpoint would have it."""
+        candidates = (name, f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
+        return next((n for n in candidates if n in self.stored), None)
+
+    def differ(self, name: str, other: str) -> bool:
+        """Whether the checkpoint holds both of the model's tensors, and not the same values. Raises as `read` does."""
+        found, against = self.find(name), self.find(other)
+        if found is None or against is None or found == against:
+            return False
+        return not torch.equal(*(read_tensor(self.tensors[n], n) for n in (found, against)))
+
+    def require(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+        """As `find`; raises AfpqError if it is not there, or has another dtype or shape."""
+        found = self.find(name)
+        if found is None:
+            raise AfpqError(f"tensor {name} is not in the checkpoint; its files or its config are incomplete")
+        info = self.tensors[found]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise AfpqError(
+                f"{info.file}: tensor {found} is {info.dtype} {info.shape}; the config needs {dtype} {shape}"
+            )
+        return found
+
+
+def saved_name(name: str, located: Located) -> str:
+    """The name that patterns of the config mean: with the base model's prefix, also where the head is not loaded."""
+    for part in ("weight", "qweight"):
+        found = located.full(f"{name}.{part}")
+        if found is not None:
+            return found.removesuffix(f".{part}")
+    return name
+
+
+def check_headers(model: PreTrainedModel, located: Located) -> None:
+    """Every tensor of every packed module is in the checkpoint, with its dtype and shape; else AfpqError names it."""
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedModule):
+            continue
+        if not isinstance(module, AfpqTiedHead):
+            for part, (dtype, shape) in layout(module.scheme, module.rows, module.columns).items():
+                located.require(f"{name}.{part}", dtype, shape)
+        if getattr(module, "bias", None) is None or f"{name}.bias" in model.all_tied_weights_keys:
+            continue
+        if located.find(f"{name}.bias") is None:
+            raise AfpqError(f"tensor {name}.bias is not in the checkpoint; its files or its config are incomplete")

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""Make the plan: match the model's linears with the checkpoint's tensors, by the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from afpq.checkpoint.locate import Located
+from afpq.checkpoint.plan import HEAD, OUTSIDE, Piece, Plan, Target, Unit
+from afpq.checkpoint.reader import FLOATS, Checkpoint
+from afpq.errors import AfpqError
+from afpq.model.blocks import TransposedLinear, find_blocks, find_linears
+from afpq.model.embedding_and_head import Ends, settle_recipe
+from afpq.model.experts import AfpqExperts, all_or_none, find_experts
+from afpq.model.tensor_part import Stored
+from afpq.numerics.packing import layout
+from afpq.numerics.scheme import Scheme
+from afpq.recipe import Recipe
+
+
+def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) -> Plan:
+    """`model` is the checkpoint's architecture, on the meta device.
+
+    Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or
+    dtype than the model says, and where nothing is left to quantize.
+    """
+    done = checkpoint.config.get("quantization_config")
+    if done:
+        method = done.get("quant_method") if isinstance(done, dict) else done
+        hint = ", or keep these weights with afpq import" if method == "bitsandbytes" else ""
+        raise AfpqError(
+            f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model{hint}"
+        )
+    located, experts = Located(checkpoint.tensors, model, model.state_dict()), find_experts(model)
+    names = _tensor_names(checkpoint, model, located, experts)
+    recipe, ends = settle_recipe(model, recipe, located.differ)
+    linears = find_linears(model)
+    absent = [name for name, _ in linears if f"{name}.weight" not in names]
+    if absent and len(absent) < len(linears):
+        raise AfpqError(
+            f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
+        )
+    left = _left_experts(experts, recipe)
+    routed = tuple(f"{name}." for name in experts)
+    targets: list[Target] = []
+    kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for module, linear in linears:
+        scheme, stored = recipe.scheme_for(module), names.get(f"{module}.weight")
+        if scheme is not None and stored is not None:
+            target = _target(checkpoint, module, linear, stored, scheme)
+            targets.append(replace(target, expert=module.startswith(routed)))
+            kept.discard(module)
+    ends_found, head = _end_targets(checkpoint, model, located, ends, recipe)
+    targets += ends_found
+    kept -= ends.schemes(recipe).keys()
+    if not targets:
+        raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
+    _check_names(checkpoint, targets)
+    kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
+    units = _units(checkpoint, model, names, targets, head)
+    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends)
+
+
+def _check_names(checkpoint: Checkpoint, targets: list[Target]) -> None:
+    for target in targets:
+        parts = (target.prefix + part for part in layout(target.scheme, *target.shape))
+        taken = next((name for name in parts if name in checkpoint.tensors), None)
+        if taken is not None:
+            raise AfpqError(f"{checkpoint.directory}: tensor {taken} is in the way of {target.tensor}, quantized")
+
+
+def _left_experts(experts: dict[str, AfpqExperts], recipe: Recipe) -> list[str]:
+    """Modules of experts that are not quantized: they are named in one, since they will be loaded in one."""
+
+    def chosen(name: str) -> list[bool]:
+        return [recipe.scheme_for(f"{name}.{linear}") is not None for linear in experts[name].form.linears()]
+
+    return [name for name in experts if not all_or_none(name, chosen(name))]
+
+
+def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, stored: Stored, scheme: Scheme) -> Target:
+    rows, columns = layer.get_parameter("weight").shape
+    info, expected = checkpoint.tensors[stored.tensor], (rows, columns)
+    try:
+        shape = tuple(stored.of(torch.empty(info.shape, device="meta")).shape)
+    except IndexError:
+        shape = info.shape
+    if shape != expected:
+        raise AfpqError(f"{info.file}: tensor {stored.tensor} has shape {info.shape}; the config says {expected}")
+    if info.dtype not in FLOATS:
+        raise AfpqError(f"{info.file}: tensor {stored.tensor} is {info.dtype}; expected float32, bfloat16 or float16")
+    return Target(module, stored, scheme, expected, _prefix(module, stored))
+
+
+def _prefix(module: str, stored: Stored) -> str:
+    """What a module's tensors are called in the output: as in the checkpoint, but experts get names of their own."""
+    parent = stored.tensor.rpartition(".")[0]
+    return f"{parent}." if stored.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
+
+
+def _end_targets(
+    checkpoint: Checkpoint, model: nn.Module, located: Located, ends: Ends, recipe: Recipe
+) -> tuple[list[Target], str | None]:
+    """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
+    targets: list[Target] = []
+    head = None
+    for module, scheme in ends.schemes(recipe).items():
+        tensor = located.find(f"{module}.weight")
+        head = tensor if module == ends.head else head
+        if ends.tied and module == ends.head:
+            continue
+        if tensor is None:
+            raise AfpqError(
+                f"{checkpoint.directory}: {module}.weight is not stored under this name; it cannot be quantized"
+            )
+        targets.append(_target(checkpoint, module, model.get_submodule(module), Stored(tensor), scheme))
+    return targets, head
+
+
+def _tensor_names(
+    checkpoint: Checkpoint, model: PreTrainedModel, located: Located, experts: dict[str, AfpqExperts]
+) -> dict[str, Stored]:
+    """Name in the model -> where it is in the checkpoint.
+
+    A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors the model does not know:
+    then Transformers converts between the two while loading, and such weights are left as they are.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wanted = [name for name in model.state_dict() if name not in tied]
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TransposedLinear)}
+    found = {
+        name: Stored(tensor, transposed=name in turned) for name in wanted if (tensor := located.find(name)) is not None
+    }
+    for place, module in experts.items():
+        found = _fused_names(place, module, located) | found
+    absent = set(wanted) - set(found)
+    missing = [name for name, _ in model.named_parameters() if name in absent]
+    if missing and len({stored.tensor for stored in found.values()}) == len(checkpoint.tensors):
+        raise AfpqError(f"{checkpoint.directory}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
+    return found
+
+
+def _fused_names(place: str, experts: AfpqExperts, located: Located) -> dict[str, Stored]:
+    """Where the weights and biases of experts are, if the checkpoint holds all of a layer in one tensor."""
+    found = {}
+    for linear, kind, stored in experts.form.parts():
+        fused = located.find(f"{place}.{stored.tensor}")
+        if fused is not None:
+            found[f"{place}.{linear}.{kind}"] = replace(stored, tensor=fused)
+    return found
+
+
+def _units(
+    checkpoint: Checkpoint, model: nn.Module, names: dict[str, Stored], targets: list[Target], head: str | None
+) -> tuple[Unit, ...]:
+    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix.
+
+    `head` is the tensor of a head to be quantized: the last unit, or dropped where it repeats a tied embedding.
+    """
+    module_names = {stored.tensor: name for name, stored in names.items()}
+    blocks = [block.name for block in find_blocks(model)]
+    members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
+    known = set(blocks)
+    members[HEAD] = [target.stored.tensor for target in targets if target.stored.tensor == head]
+    for tensor in checkpoint.tensors:
+        if tensor == head:
+            continue
+        path = module_names.get(tensor, tensor).split(".")
+        parents = (".".join(path[:length]) for length in range(1, len(path)))
+        members[next((parent for parent in parents if parent in known), OUTSIDE)].append(tensor)
+    replaced = _replaced(checkpoint, names, targets)
+    return tuple(
+        Unit(name, tuple(tensors), {t: replaced[t] for t in tensors if t in replaced})
+        for name, tensors in members.items()
+        if tensors
+    )
+
+
+def _replaced(
+    checkpoint: Checkpoint, names: dict[str, Stored], targets: list[Target]
+) -> dict[str, tuple[Target | Piece, ...]]:
+    """What takes the place of each tensor that is not kept as it is."""
+    parts: dict[str, list[Target | Piece]] = {}
+    for target in targets:
+        parts.setdefault(target.stored.tensor, []).append(target)
+        name = f"{target.module}.bias"
+        bias = names.get(name)
+        if bias is not None and not bias.whole:
+            info = checkpoint.tensors[bias.tensor]
+            piece = Piece(name, bias, f"{target.prefix}bias", (info.dtype, target.shape[:1]))
+            parts.setdefault(bias.tensor, []).append(piece)
+    for tensor, members in parts.items():
+        info = checkpoint.tensors[tensor]
+        covered = sum(m.elements if isinstance(m, Target) else m.spec[1][0] for m in members)
+        if covered != info.elements:
+            raise AfpqError(f"{info.file}: tensor {tensor} has shape {info.shape}; the config says {covered} elements")
+    return {tensor: tuple(members) for tensor, members in parts.items()}

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""What is decided before a weight is read: which tensor is quantized how, and what the output will hold.
+
+The plan comes from headers alone. It knows the name, dtype and shape of every output tensor, so the writer can lay
+the files out beforehand, and sizes can be told without a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from afpq.checkpoint.reader import Checkpoint
+from afpq.model.embedding_and_head import NO_ENDS, Ends
+from afpq.model.tensor_part import Stored
+from afpq.numerics.formats import repeated_books
+from afpq.numerics.packing import Spec, layout, spec_bytes, stored_bytes
+from afpq.numerics.scheme import Scheme
+from afpq.recipe import Recipe, exactly
+
+OUTSIDE = "outside the blocks"
+HEAD = "the output head"  # a unit of its own where it is quantized: last, since what it reads is known last
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to quantize: the module's name, where its weight is stored, its scheme and shape.
+
+    `prefix` begins the names of its output tensors. `expert`: whether only some tokens reach it.
+    """
+
+    module: str
+    stored: Stored
+    scheme: Scheme
+    shape: tuple[int, int]
+    prefix: str
+    expert: bool = False
+
+    @property
+    def tensor(self) -> str:
+        """The weight's name in the output's terms; also the checkpoint's, unless that holds all experts in one."""
+        return f"{self.prefix}weight"
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its output tensors, and of a book of its own."""
+        return stored_bytes(self.scheme, *self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor that is kept under a name of its own, such as an expert's bias; `name` is the model's."""
+
+    name: str
+    stored: Stored
+    output: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors handled together: a block, what stands outside of all blocks, or the head.
+
+    `replaced` tells what takes the place of a tensor of the checkpoint; tensors not in it are kept as they are.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    replaced: dict[str, tuple[Target | Piece, ...]]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [part for parts in self.replaced.values() for part in parts if isinstance(part, Target)]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [part for parts in self.replaced.values() for part in parts if isinstance(part, Piece)]
+
+    @property
+    def in_blocks(self) -> bool:
+        return self.name not in (OUTSIDE, HEAD)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a checkpoint; of a tied head and embedding, the recipe has one scheme for both."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    units: tuple[Unit, ...]
+    kept: tuple[str, ...]  # names of the linears left as they are
+    names: dict[str, Stored]  # name of a tensor in the model -> where it is in the checkpoint
+    ends: Ends = NO_ENDS
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for unit in self.units for target in unit.targets]
+
+    @property
+    def block_targets(self) -> list[Target]:
+        """Those inside the blocks."""
+        return [target for unit in self.units if unit.in_blocks for target in unit.targets]
+
+    @property
+    def end_targets(self) -> list[Target]:
+        """The embedding and the head, where they are quantized; one for both where they are tied."""
+        return [target for unit in self.units if not unit.in_blocks for target in unit.targets]
+
+    def end_words(self, target: Target) -> str:
+        """An end's name, and the other's where they are one."""
+        return f"{target.module} (and {self.ends.head}, tied to it)" if self.ends.tied else target.module
+
+    def outputs(self) -> dict[str, Spec]:
+        """Name -> (dtype, shape) of every tensor of the output, in order."""
+        return {name: spec for unit in self.units for name, spec in self.unit_outputs(unit).items()}
+
+    def unit_outputs(self, unit: Unit) -> dict[str, Spec]:
+        """The same of one unit."""
+        tensors: dict[str, Spec] = {}
+        for name in unit.tensors:
+            if name not in unit.replaced:
+                info = self.checkpoint.tensors[name]
+                tensors[name] = (info.dtype, info.shape)
+            for part in unit.replaced.get(name, ()):
+                if isinstance(part, Piece):
+                    tensors[part.output] = part.spec
+                else:
+                    specs = layout(part.scheme, *part.shape)
+                    tensors |= {part.prefix + leaf: spec for leaf, spec in specs.items()}
+        return tensors
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(map(spec_bytes, self.outputs().values()))
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(info.bytes for info in self.checkpoint.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits of a quantized weight of the blocks, or of the ends where there is no other."""
+        targets = self.block_targets or self.targets
+        stored = sum(t.bytes for t in targets) - repeated_books(t.scheme.format for t in targets)
+        return 8 * stored / sum(t.elements for t in targets)
+
+    @property
+    def file_bits_per_weight(self) -> float:
+        """Bits of everything that is saved, over the weights of the original."""
+        formats = [target.scheme.format for target in self.targets]
+        books = sum(format.book_bytes for format in formats) - repeated_books(formats)
+        return 8 * (self.output_bytes + books) / sum(info.elements for info in self.checkpoint.tensors.values())
+
+    def with_schemes(self, schemes: Mapping[str, Scheme]) -> Plan:
+        """The plan that has these schemes, by module, in place of its own; tensors stay as they were planned."""
+
+        def changed(part: Target | Piece) -> Target | Piece:
+            return replace(part, scheme=schemes.get(part.module, part.scheme)) if isinstance(part, Target) else part
+
+        units = tuple(
+            replace(unit, replaced={name: tuple(map(changed, parts)) for name, parts in unit.replaced.items()})
+            for unit in self.units
+        )
+        return replace(self, units=units, recipe=settled_recipe(self.recipe, self.ends, schemes))
+
+    @property
+    def coverage(self) -> float:
+        """Share of the blocks' weights (tensors of two and more dimensions) that is quantized."""
+        quantized = sum(target.elements for target in self.block_targets)
+        return quantized / (quantized + sum(self.left.values()) or 1)
+
+    @property
+    def left(self) -> dict[str, int]:
+        """The blocks' weights that stay as they are: name of the output's tensor -> how many they are."""
+        parts = {target.prefix + part for target in self.targets for part in layout(target.scheme, *target.shape)}
+        return {
+            name: torch.Size(shape).numel()
+            for unit in self.units
+            if unit.in_blocks
+            for name, (_, shape) in self.unit_outputs(unit).items()
+            if len(shape) > 1 and name not in parts
+        }
+
+
+def settled_recipe(recipe: Recipe, ends: Ends, schemes: Mapping[str, Scheme]) -> Recipe:
+    """The recipe that gives each of these modules its scheme: linears by name, before all patterns, and the ends."""
+    table = schemes.get(ends.embedding or "", recipe.embedding)
+    head = table if ends.tied else schemes.get(ends.head or "", recipe.lm_head)
+    inside = tuple((exactly(n), scheme) for n, scheme in schemes.items() if n not in (ends.embedding, ends.head))
+    return replace(recipe, overrides=(*inside, *recipe.overrides), lm_head=head, embedding=table)
+
+
+def loaded_bytes(plan: Plan) -> int:
+    """Memory of the loaded result on a CPU: packed weights as they are, the rest in float32."""
+    packed = sum(target.bytes for target in plan.targets)
+    infos = plan.checkpoint.tensors
+    replaced = {tensor for unit in plan.units for tensor in unit.replaced}
+    return packed + sum(max(4 * info.elements, info.bytes) for name, info in infos.items() if name not in replaced)
+
+
+def original_bytes(plan: Plan) -> int:
+    """Memory of the loaded original on a CPU: all of it in float32."""
+    return sum(max(4 * info.elements, info.bytes) for info in plan.checkpoint.tensors.values())
+
+
+def vocabulary(plan: Plan) -> int:
+    """Tokens the model knows, or a number above that: the most rows a matrix has."""
+    return max((info.shape[0] for info in plan.checkpoint.tensors.values() if len(info.shape) == 2), default=0)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Read a Hugging Face checkpoint lazily: headers first, then one tensor at a time. safetensors only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from afpq.errors import AfpqError
+from afpq.model.tensor_part import Stored
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("bin", "pt", "pth", "ckpt", "pkl", "pickle")  # never opened
+CARD = "README.md"  # read for its licence, never copied: the output has a card of its own
+# Copied beside the weights: everything small that is not the weights, their index or the config.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*")
+
+# safetensors dtype -> torch dtype, for what a checkpoint may hold besides the weights to be quantized
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a weight may be stored in
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor, and the file it is in."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * self.elements
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with config.json and safetensors; `tensors` in the order of the files."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
+        return read_tensor(self.tensors[name], name)
+
+    def read_stored(self, stored: Stored) -> Tensor:
+        """A tensor of the model, in memory of its own; of a part no more than its expert is read. Raises as `read`."""
+        if stored.expert is None:
+            return stored.of(self.read(stored.tensor)).contiguous()
+        info = self.tensors[stored.tensor]
+        try:
+            with safe_open(info.file, "pt") as file:
+                expert = file.get_slice(stored.tensor)[stored.expert]
+        except (OSError, SafetensorError) as error:
+            raise AfpqError(f"{info.file}: cannot read tensor {stored.tensor}: {error}") from None
+        return replace(stored, expert=None).of(expert).clone().contiguous()
+
+    def read_rows(self, stored: Stored, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix, [len(rows), in]; nothing else is read of one stored as it is. Raises as `read`."""
+        if stored != Stored(stored.tensor):
+            return self.read_stored(stored)[list(rows)]
+        info = self.tensors[stored.tensor]
+        try:
+            with safe_open(info.file, "pt") as file:
+                matrix = file.get_slice(stored.tensor)
+                return torch.cat([matrix[row : row + 1] for row in rows])
+        except (OSError, SafetensorError) as error:
+            raise AfpqError(f"{info.file}: cannot read tensor {stored.tensor}: {error}") from None
+
+    def companions(self) -> Iterator[Path]:
+        """Tokenizer, generation config, chat template, licence: files to copy beside new weights."""
+        patterns = (*COMPANIONS, "*.py") if "auto_map" in self.config else COMPANIONS
+        found = {path for pattern in patterns for path in self.directory.glob(pattern) if path.is_file()}
+        for path in sorted(found):
+            if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+                yield path
+
+
+def read_tensor(info: TensorInfo, name: str) -> Tensor:
+    try:
+        with safe_open(info.file, "pt") as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+    except (OSError, SafetensorError) as error:
+        raise AfpqError(f"{info.file}: cannot read tensor {name}: {error}") from None
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """A directory, or the id of a repository on the hub (downloaded to its cache) -> Checkpoint.
+
+    Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, an
+    index that leads out of the directory, a tensor that two files hold, or weights that are not safetensors.
+    """
+    directory = _locate(model)
+    config = read_json(directory / "config.json")
+    # Transformers takes a single file before an index; so do we, or two readers would see two models.
+    if (directory / WEIGHTS).exists():
+        files, weight_map = [directory / WEIGHTS], {}
+    elif (directory / INDEX).exists():
+        weight_map = _weight_map(directory / INDEX)
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        pickles = sorted(path.name for kind in PICKLES for path in directory.glob(f"*.{kind}"))
+        beside = f" ({pickles[0][:80]} was not opened: a pickle can run code)" if pickles else ""
+        raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read{beside}")
+    other = config.get("transformers_weights")
+    if other is not None and other != (INDEX if weight_map else WEIGHTS):
+        raise AfpqError(f"{directory / 'config.json'}: transformers_weights is {str(other)[:80]!r}; remove it")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        headers = tensor_headers(file)
+        twice = next((name for name in headers if name in tensors), None)
+        if twice is not None:
+            raise AfpqError(f"{file}: tensor {twice} is in {tensors[twice].file.name} too; which one counts?")
+        tensors |= headers
+    missing = next((name for name in weight_map if name not in tensors), None)
+    if missing is not None:
+        raise AfpqError(f"{directory / weight_map[missing]}: tensor {missing} is listed in {INDEX} but not there")
+    return Checkpoint(directory, config, tensors)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the name of its file, which lies beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AfpqError(f"{index}: no weight_map in it")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise AfpqError(f"{index}: its weight_map must give the name of a file for each tensor")
+        if not name.endswith(".safetensors") or name != PurePath(name).name or "\0" in name:
+            raise AfpqError(f"{index}: {name[:200]!r} is not the name of a safetensors file beside it")
+    return weight_map
+
+
+def _locate(model: str | Path) -> Path:
+    directory = Path(model)
+    try:
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise AfpqError(f"{model}: is a file; give the directory that holds config.json")
+    except (OSError, ValueError) as error:  # a name no file can have
+        raise AfpqError(f"{str(model)[:80]!r}: no such directory: {error}"[:200]) from None
+    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise AfpqError(f"{model}: no such directory")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.py", CARD, *COMPANIONS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AfpqError(f"{model}: no such directory, and not to be had from the hub: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises AfpqError if it is missing or is something else."""
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise AfpqError(f"{path}: is no file")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise AfpqError(f"{path}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        raise AfpqError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise AfpqError(f"{path}: expected a JSON object")
+    return value
+
+
+def tensor_headers(file: Path) -> dict[str, TensorInfo]:
+    """Name -> what the header says, of one safetensors file. Raises AfpqError if it is missing or not whole."""
+    tensors = {}
+    try:
+        if not file.is_file():
+            raise AfpqError(f"{file}: missing shard" if not file.exists() else f"{file}: is no file")
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                piece = opened.get_slice(name)
+                dtype = DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise AfpqError(f"{file}: tensor {name} has dtype {piece.get_dtype()}, which is not supported")
+                tensors[name] = TensorInfo(dtype, tuple(piece.get_shape()), file)
+    except (OSError, SafetensorError) as error:
+        raise AfpqError(f"{file}: not a whole safetensors file: {error}") from None
+    return tensors

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Load a model, quantized or not, to run it here; one clear error instead of a library's traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
+
+from afpq.checkpoint.quantization_config import QUANT_METHOD
+from afpq.checkpoint.reader import open_checkpoint
+from afpq.errors import AfpqError
+from afpq.evaluation.devices import find_device
+from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
+from afpq.model.skeleton import model_class, read_config
+
+T = TypeVar("T")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Our own output says what matters; Transformers' progress bars would only come between."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def load_model(model: str | Path, trust_remote_code: bool = False, device: str = "auto") -> Any:
+    """The model that config.json names, in evaluation mode on `device`: in its own dtype, but on a CPU in float32.
+
+    The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects,
+    and for a device that cannot be used.
+    """
+    place = find_device(device)
+    checkpoint = open_checkpoint(model)
+    directory, keys = checkpoint.directory, checkpoint.config.get("quantization_config")
+    if keys is not None:
+        method = keys.get("quant_method") if isinstance(keys, dict) else keys
+        if not isinstance(method, str) or method not in AUTO_QUANTIZER_MAPPING:
+            raise AfpqError(f"{model}: quantized by {str(method)[:80]!r}, which Transformers cannot load here")
+    config = read_config(directory, trust_remote_code)
+    loaded, report = _guarded(
+        model,
+        lambda: model_class(config, trust_remote_code).from_pretrained(
+            directory,
+            dtype=torch.float32 if place.type == "cpu" else "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        ),
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # Transformers fills them with random numbers
+        raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
+    if place.type == "cpu" and (keys is None or keys.get("quant_method") == QUANT_METHOD):
+        loaded.to(torch.float32)  # older Transformers leave tensors they rename in the dtype of the file
+    return loaded.to(place).eval()
+
+
+def require_next_token(model: Any) -> None:
+    """Raises AfpqError for a model that does not predict the next token of what it reads, such as an encoder.
+
+    Its logits, if it has any, would give a perplexity that means nothing.
+    """
+    if not generates(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise AfpqError(
+            f"{type(model).__name__} does not predict the next token of the text it reads; "
+            "perplexity and KL are for models that do"
+        )
+
+
+def generates(model: Any) -> bool:
+    """Whether a model, or its skeleton, writes text; taken for granted of code that is not Transformers' own."""
+    return not type(model).__module__.startswith("transformers.models.") or bool(model.can_generate())
+
+
+def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model. Raises AfpqError if there is none."""
+    directory = open_checkpoint(model).directory
+    return _guarded(model, lambda: AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code))
+
+
+def window_length(model: nn.Module, wanted: int) -> int:
+    """Tokens in a window of text: as many as wanted, but no more than the model was made for."""
+    return min(wanted, context_length(model) or wanted)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens a model was made for, where its config tells."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 1 else None
+
+
+@torch.no_grad()
+def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """Prompt and its greedy continuation; of an encoder-decoder, its answer. Raises AfpqError for an encoder."""
+    if not generates(model):
+        raise AfpqError(f"{type(model).__name__} does not write text")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise AfpqError("the prompt is empty; give at least one character")
+    inputs.pop("token_type_ids", None)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _guarded(model: str | Path, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except AfpqError:
+        raise
+    except Exception as error:  # files are foreign input: any class of Transformers may stumble over them its own way
+        raise AfpqError(f"{model}: Transformers cannot load it: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Perplexity and KL for the quality card: on which text, at what cost, and when not at all.
+
+A card's figures are a sample: few windows, so that they never dominate the time. Both models must fit in half of the
+free memory; a block-by-block run of a model that does not is not spoiled by loading it whole at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
+from afpq.errors import AfpqError
+from afpq.evaluation.loading import load_model, quiet_transformers
+from afpq.evaluation.memory import available_device_memory, available_memory
+from afpq.evaluation.perplexity import BATCH_TOKENS, Evaluation, evaluate, logits_of
+from afpq.evaluation.text import unused_windows, window_starts, windows
+
+MAX_WINDOWS, MAX_LENGTH = 16, 512
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Windows of tokens [count, length] to measure on, and what they are, as a phrase."""
+
+    windows: Tensor
+    origin: str
+
+
+@dataclass(frozen=True)
+class SampleFigures:
+    """The original's perplexity and the result's figures, on `sample`."""
+
+    sample: Sample
+    original: float
+    result: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        count, length = self.sample.windows.shape
+        place = {"text": self.sample.origin, "windows": count, "seq_len": length}
+        return {**self.result.to_json(), "original_perplexity": self.original, **place}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A calibration text's tokens [n], and how windows were drawn from it: `count` of `length`, with `seed`."""
+
+    tokens: Tensor
+    count: int
+    length: int
+    seed: int
+
+
+def sample_of(tokens: Tensor, length: int, origin: str) -> Sample:
+    """The first windows of a text that played no part in quantizing. Raises AfpqError if it is too short."""
+    return Sample(windows(tokens, min(length, MAX_LENGTH))[:MAX_WINDOWS], origin)
+
+
+def sample_beside(drawn: Drawn, name: str) -> Sample:
+    """Parts of a calibration text that no calibration window touches; the windows themselves where there are none."""
+    length = min(drawn.length, MAX_LENGTH, len(drawn.tokens))
+    starts = window_starts(len(drawn.tokens), drawn.count, drawn.length, drawn.seed)
+    unused = unused_windows(drawn.tokens, starts, drawn.length, length, MAX_WINDOWS)
+    if len(unused):
+        return Sample(unused, f"parts of {name} that calibration did not use (the same source: a mild test)")
+    used = torch.stack([drawn.tokens[start : start + length] for start in starts[:MAX_WINDOWS]])
+    return Sample(used, f"the very windows of {name} it was calibrated on (a flattering test)")
+
+
+def measure_sample(
+    plan: Plan,
+    result: Path,
+    sample: Sample,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> SampleFigures | str:
+    """The saved model in `result` against the plan's original, both loaded; or the reason why not."""
+    cuda = device.type == "cuda"
+    if _needed(plan, cuda) > (available_device_memory(device) if cuda else available_memory()) // 2:
+        return "the original and this model together take more than half of the memory that was free"
+    losses: list[float] = []
+    try:
+        with quiet_transformers():
+            original = load_model(plan.checkpoint.directory, trust_remote_code, str(device))
+            reference = _noting_losses(logits_of(original, sample.windows), sample.windows, losses)
+            model = load_model(result, trust_remote_code, str(device))
+            figures = evaluate(model, sample.windows, reference, progress)
+        return SampleFigures(sample, math.exp(sum(losses) / len(losses)), figures)
+    except (AfpqError, RuntimeError, OverflowError) as error:  # RuntimeError: out of memory, among others
+        return " ".join(str(error).split())[:300]
+
+
+def _needed(plan: Plan, cuda: bool) -> int:
+    """Bytes of both models, of both batches of logits and of the distributions of a window."""
+    logits = 4 * vocabulary(plan) * (2 * BATCH_TOKENS + 8 * MAX_LENGTH)
+    if cuda:
+        return plan.input_bytes + plan.output_bytes + logits
+    return original_bytes(plan) + loaded_bytes(plan) + logits
+
+
+def _noting_losses(logits: Iterable[Tensor], windows: Tensor, losses: list[float]) -> Iterator[Tensor]:
+    """The logits of each window as they come; each window's mean loss goes to `losses`."""
+    for window, scores in zip(windows, logits):
+        losses.append(cross_entropy(scores[:-1].float(), window[1:].to(scores.device)).item())
+        yield scores

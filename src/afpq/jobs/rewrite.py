@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""Write one checkpoint made from another, a tensor at a time: OUT appears when all of it is written and read back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from afpq.checkpoint.atomic_files import write_json
+from afpq.checkpoint.reader import CARD, Checkpoint, open_checkpoint
+from afpq.checkpoint.verify import check_tensors, digest
+from afpq.checkpoint.work_directory import work_directory
+from afpq.checkpoint.writer import ShardWriter
+from afpq.numerics.packing import Spec, spec_bytes
+
+Progress = Callable[[str, int, int], None]  # (tensor just written, bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What OUT will hold beside the companions of `source`: its tensors in order, its config.json, its model card."""
+
+    source: Checkpoint
+    outputs: dict[str, Spec]
+    config: dict[str, Any]
+    card: str
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(map(spec_bytes, self.outputs.values()))
+
+
+def rewrite(
+    job: Rewrite,
+    out: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Progress | None = None,
+    check: Callable[[Checkpoint], str] | None = None,
+) -> str:
+    """Write `tensors`, each of `job.outputs` once, into the new directory `out`; returns what `check` says of it.
+
+    `check` gets the finished checkpoint before it has its name. A run that is stopped leaves nothing. Raises AfpqError
+    where `out` exists or cannot be written, and for a tensor that is not on the disk as it was made.
+    """
+    digests: dict[str, str] = {}
+    done = 0
+    # Nothing is ever finished in its journal; but OUT.partial of a run that can go on is not swept away.
+    with work_directory(out, job.output_bytes, {"command": "a conversion"}, resume=True) as work:
+        with ShardWriter(work.path, job.outputs) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+                digests[name] = digest(tensor)
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(name, done, job.output_bytes)
+        for path in job.source.companions():
+            shutil.copyfile(path, work.path / path.name)
+        (work.path / CARD).write_text(job.card, "utf-8")
+        with work.as_published(job.config) as directory:
+            written = open_checkpoint(directory)
+            check_tensors(written, job.outputs, digests)
+            told = "" if check is None else check(written)
+        write_json(work.path / "config.json", job.config)
+    return told

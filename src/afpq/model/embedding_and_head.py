@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""The two ends of a language model: the embedding that looks tokens up, the head that makes logits, and their tie.
+
+What stands outside of the blocks is left alone unless the recipe names a scheme for an end (`lm_head`, `embedding`).
+Where one weight serves both ends there is one scheme for both.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afpq.errors import AfpqError
+from afpq.numerics.scheme import Scheme
+from afpq.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Names of the embedding and of the head, None where there is none of the kind that can be quantized.
+
+    `tied`: one weight serves both. `sharers`: other modules that read the embedding's weight too.
+    """
+
+    embedding: str | None
+    head: str | None
+    tied: bool
+    sharers: tuple[str, ...] = ()
+
+    def schemes(self, recipe: Recipe) -> dict[str, Scheme]:
+        """Module -> scheme, of the ends that the recipe quantizes; of a tied pair both."""
+        chosen = ((self.embedding, recipe.embedding), (self.head, recipe.lm_head))
+        return {name: scheme for name, scheme in chosen if name is not None and scheme is not None}
+
+
+NO_ENDS = Ends(None, None, False)
+
+
+def find_ends(model: nn.Module) -> Ends:
+    """Of a model of Transformers, by its own account; of any other module none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    table = names.get(id(embedding)) if isinstance(embedding, nn.Embedding) else None
+    linear = names.get(id(head)) if isinstance(head, nn.Linear) else None
+    if table is None:
+        return Ends(None, linear, False)
+    readers = _readers(model, f"{table}.weight")
+    tied = linear is not None and (f"{linear}.weight" in readers or head.weight is embedding.weight)
+    others = sorted(name.removesuffix(".weight") for name in readers - {f"{linear}.weight"})
+    return Ends(table, linear, tied, tuple(others))
+
+
+def _end(model: nn.Module, getter: str) -> Any:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):  # not a model of Transformers, or one without this end
+        return None
+
+
+def _readers(model: nn.Module, weight: str) -> set[str]:
+    """The other names of a weight, as the model declares them."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.get(weight, weight)
+    return {name for pair in tied.items() if source in pair for name in pair} - {weight}
+
+
+def saved_ends(model: nn.Module, stored: Callable[[str], bool]) -> Ends:
+    """Of a model already quantized; `stored` tells whether its checkpoint has a tensor.
+
+    A head that was tied has none; one with tensors of its own is tied no more, whatever the config says.
+    """
+    ends = find_ends(model)
+    return replace(ends, tied=ends.tied and not any(stored(f"{ends.head}.{part}") for part in ("weight", "qweight")))
+
+
+def settle_recipe(
+    model: nn.Module, recipe: Recipe, differ: Callable[[str, str], bool] = lambda _a, _b: False
+) -> tuple[Recipe, Ends]:
+    """The recipe with one scheme for both ends where they are tied, and the ends.
+
+    `differ` tells whether the checkpoint stores two weights under two names, and so unties them, as Transformers does.
+    Raises AfpqError where an end that the recipe names does not exist, is skipped, or cannot be quantized.
+    """
+    ends = find_ends(model)
+    if recipe.lm_head is None and recipe.embedding is None:
+        return recipe, ends
+    kind = type(model).__name__
+    if recipe.lm_head is not None and ends.head is None:
+        raise AfpqError(f"{kind} has no output head that is a linear layer; leave out --lm-head")
+    if recipe.embedding is not None and ends.embedding is None:
+        raise AfpqError(f"{kind} has no embedding of tokens that can be quantized; leave out --embedding")
+    if ends.tied and differ(f"{ends.embedding}.weight", f"{ends.head}.weight"):
+        ends = replace(ends, tied=False)
+    if ends.tied:
+        recipe = _tie(recipe, ends)
+    for name in ends.schemes(recipe):
+        pattern = next((p for p in recipe.skip if re.search(p, name)), None)
+        if pattern is not None:
+            raise AfpqError(
+                f"{name}: to be quantized (--lm-head or --embedding) and to be skipped (--skip {pattern!r})"
+            )
+    if recipe.embedding is not None and ends.embedding is not None:
+        lookup = model.get_submodule(ends.embedding)
+        if ends.sharers:
+            raise AfpqError(f"{ends.embedding}: its weight also serves {ends.sharers[0]}; such a table stays as it is")
+        if isinstance(lookup, nn.Embedding) and not scales_its_rows(lookup):
+            raise AfpqError(
+                f"{ends.embedding}: {type(lookup).__name__} does more than to scale its rows; not supported"
+            )
+    return recipe, ends
+
+
+def _tie(recipe: Recipe, ends: Ends) -> Recipe:
+    head, table = recipe.lm_head, recipe.embedding
+    if head is not None and table is not None and head != table:
+        raise AfpqError(
+            f"{ends.head} and {ends.embedding} are one weight: it cannot be both {head} and {table}; name one scheme"
+        )
+    return replace(recipe, lm_head=head or table, embedding=head or table)
+
+
+def untie(model: nn.Module, packed: Collection[str]) -> None:
+    """Take these modules out of what Transformers ties, while loading and by `tie_weights()`: they have no weights."""
+    for prefix, part in model.named_modules():
+        place = f"{prefix}." if prefix else ""
+        weights = [f"{name}.weight".removeprefix(place) for name in packed if name.startswith(place)]
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            tied = getattr(part, attribute, None)
+            if isinstance(tied, dict) and weights:
+                rest = {a: b for a, b in tied.items() if not any(re.match(p, w) for p in (a, b) for w in weights)}
+                if rest != tied:
+                    setattr(part, attribute, rest)
+
+
+def retie(model: Any) -> None:
+    """Undo `untie`, for a model whose weights are there again."""
+    for part in model.modules():
+        part.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+@torch.no_grad()
+def scales_its_rows(lookup: nn.Embedding) -> bool:
+    """Whether what an embedding returns is its table's row times a factor: 1, or the class's own.
+
+    Tried out on a table of one row. True of an embedding that cannot be tried, since its buffers hold no values yet.
+    """
+    if type(lookup) is nn.Embedding or any(b.is_meta for name, b in lookup.named_buffers() if name != "weight"):
+        return True
+
+    def result(row: Tensor) -> Tensor:
+        trial = copy.copy(lookup)
+        trial._parameters, trial.padding_idx = {"weight": nn.Parameter(row, False)}, None
+        trial._buffers = {name: buffer for name, buffer in lookup._buffers.items() if name != "weight"}
+        found: Tensor = trial(torch.zeros(1, dtype=torch.long, device=row.device))
+        return found.float()
+
+    device = next((b.device for b in lookup.buffers() if not b.is_meta), torch.device("cpu"))
+    ones = torch.ones(1, lookup.embedding_dim, device=device)
+    row = torch.linspace(-3, 2, lookup.embedding_dim, device=device)[None]
+    return torch.allclose(result(row), row * result(ones), rtol=1e-5)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""AfpqLinear: the packed weight as buffers and one op call. PackedModule: the buffers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afpq import kernels
+from afpq.errors import AfpqError
+from afpq.numerics.groups import QuantizedWeight
+from afpq.numerics.packing import from_tensors, layout, to_tensors
+from afpq.numerics.scales import check_stored
+from afpq.numerics.scheme import Scheme
+
+
+class NoWeight(AfpqError, AttributeError):
+    """Asked for the float weight of a packed module; to `hasattr` it is an attribute that is not there."""
+
+
+class PackedModule(nn.Module):
+    """A matrix [rows, columns] stored as its scheme says, in buffers.
+
+    Buffers are named, shaped and typed by `packing.layout`: `qweight` and `scales_pos` + `scales_neg`, `scales`, or
+    `scales` + `zeros`, and `scale_grid` where scales are bytes. Scales keep their dtype under `.to(dtype)` and
+    `.half()`: they are storage, not arithmetic.
+    """
+
+    qweight: Tensor
+    scheme: Scheme
+
+    def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.rows, self.columns, self.scheme = rows, columns, scheme
+        for name, (stored, shape) in layout(scheme, rows, columns).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
+
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors that are saved, by the names of `packing.layout`."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    def fill(self, weight: QuantizedWeight) -> None:
+        """Take a quantized weight's tensors for buffers."""
+        for name, tensor in to_tensors(weight).items():
+            self._buffers[name] = tensor.contiguous()
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The codes and scales, unpacked."""
+        return from_tensors(self.packed(), self.scheme, self.columns)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix, [rows, columns]."""
+        return self.quantized_weight().dequantize(dtype)
+
+    def _scale_buffers(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What the ops take behind `qweight`: scales, scales_neg, zeros, grid."""
+        packed = self.packed()
+        first = packed["scales_pos" if self.scheme.two_scales else "scales"]
+        return first, packed.get("scales_neg"), packed.get("zeros"), packed.get("scale_grid")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module's; a place to load `weight` to is no contradiction to one that is unpacked."""
+        if name == "weight":
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "weight":
+                raise
+            raise NoWeight(
+                f"{type(self).__name__} holds codes ({self.scheme}), no weight; `dequantize()` gives it. What changes "
+                "weights, such as resize_token_embeddings, has to come before quantizing"
+            ) from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """Moves everything, but undoes a cast of the scales: rounding them to bfloat16 would change the weights."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self.prepare()
+        return self
+
+    def check_scales(self, name: str) -> None:
+        """Raises AfpqError naming a tensor of this layer, called `name`, whose scales are NaN or Inf."""
+        check_stored({part: buffer for part, buffer in self._buffers.items() if buffer is not None}, f"{name}.")
+
+    def prepare(self) -> None:
+        """Make what the kernels of its device keep, before the first call; moving a layer does it by itself."""
+        kernels.prepare(self.scheme.format.values, self.scheme.format.bits, self.qweight.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Refuses a tensor of another dtype, which torch would cast without a word, and scales that are NaN or Inf."""
+        given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        stored = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+        for name, tensor in stored.items():
+            expected = self._buffers[name]
+            if expected is not None and tensor.dtype != expected.dtype:
+                raise AfpqError(f"tensor {prefix + name} is {tensor.dtype}; {self.scheme} stores {expected.dtype}")
+            if expected is not None and tensor.shape == expected.shape:
+                check_stored({name: tensor}, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class AfpqLinear(PackedModule):
+    """A linear layer whose weight is packed; gradients reach the input and the bias."""
+
+    bias: nn.Parameter | None
+    readable = True  # whether `weight` may be asked for; not of a head, which some would resize by it
+    conv1d = False  # whether it took the place of a Conv1D, whose weight is [in, out]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, scheme, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype = dtype or torch.get_default_dtype()  # of `weight`
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_weight(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> AfpqLinear:
+        """The layer that computes x @ weight.dequantize().T + bias; `dtype` is that of the weight it replaces."""
+        out_features, in_features = weight.codes.shape
+        layer = cls(in_features, out_features, weight.scheme, device="meta", dtype=dtype)
+        layer.fill(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in the dtype of x. Raises AfpqError for another width of x."""
+        if x.shape[-1] != self.in_features:
+            raise AfpqError(f"input of {x.shape[-1]} features for a layer of {self.in_features}")
+        book = self.scheme.format
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = kernels.linear(
+            x, self.qweight, *self._scale_buffers(), bias, book.values, book.bits, self.scheme.group_size
+        )
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight`, unpacked anew each time, for code that reads it instead of calling the layer (Mamba's does)."""
+        if name != "weight" or "weight" in self._parameters or not self.readable:
+            return super().__getattr__(name)
+        if self.qweight.is_meta:
+            weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        else:
+            weight = self.dequantize(self.dtype)
+        return weight.T if self.conv1d else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AfpqLinear:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, bias={bias}"

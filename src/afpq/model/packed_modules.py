@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Put packed modules where a model's matrices are, before its weights are loaded.
+
+Linears, Conv1D and fused experts become AfpqLinear, the ends of the model AfpqEmbedding and a head. All on the meta
+device; where weights are still to be quantized, the float parameters stay as places to load them to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from afpq.errors import AfpqError
+from afpq.model.blocks import conv1d_linears, replace_module
+from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
+from afpq.model.embedding_and_head import Ends, untie
+from afpq.model.experts import AfpqExperts, all_or_none, expert_form, split_experts
+from afpq.model.linear import AfpqLinear, PackedModule
+from afpq.numerics.scheme import Scheme
+from afpq.recipe import Recipe, is_kept
+
+SchemeOf = Callable[[str], Scheme | None]
+
+
+def convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every linear, Conv1D and module of fused experts, by name."""
+    convs = {name for name, _ in conv1d_linears(model)}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or name in convs or expert_form(module) is not None
+    ]
+
+
+def swap_matrices(
+    model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, leaves: tuple[str, ...], packed: bool
+) -> None:
+    """Replace what is convertible and begins with one of `places`, where `scheme_of` its name has a scheme.
+
+    `leaves`: what an expert's linears are called (`Names.leaves`). `packed`: whether the checkpoint holds codes; if
+    not, float parameters are kept to be loaded. Raises AfpqError where some of a layer's experts would be quantized and
+    others not.
+    """
+    for name, module in convertible(model):
+        if not name.startswith(tuple(places)):
+            continue
+        form = expert_form(module, leaves)
+        if form is None:
+            scheme = scheme_of(name)
+            if scheme is not None:
+                layer = _empty_layer(module, scheme)
+                if not packed:
+                    layer.register_parameter("weight", module.get_parameter("weight"))
+                replace_module(model, name, layer)
+            continue
+        schemes = [scheme_of(f"{name}.{linear}") for linear in form.linears()]
+        if all_or_none(name, [scheme is not None for scheme in schemes]):
+            split = split_experts(module, form)
+            for linear, scheme in zip(form.linears(), schemes):
+                assert scheme is not None
+                replace_module(split, linear, _empty_layer(split.get_submodule(linear), scheme))
+            if not packed:
+                for parameter, value in module.named_parameters():
+                    split.register_parameter(parameter, value)
+            replace_module(model, name, split)
+
+
+def _empty_layer(module: nn.Module, scheme: Scheme) -> AfpqLinear:
+    """An AfpqLinear on the meta device in the shape of a linear or Conv1D."""
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None) is not None
+    conv1d = not isinstance(module, nn.Linear)
+    in_features, out_features = weight.shape if conv1d else reversed(weight.shape)
+    layer = AfpqLinear(in_features, out_features, scheme, bias, "meta", weight.dtype)
+    layer.conv1d = conv1d
+    return layer
+
+
+def swap_ends(model: PreTrainedModel, ends: Ends, recipe: Recipe, kept: Sequence[str], packed: bool) -> None:
+    """Packed modules for the embedding and the head, where the recipe has schemes for them.
+
+    Raises AfpqError for one that is also among the modules to be kept.
+    """
+    schemes = ends.schemes(recipe)
+    for name, scheme in schemes.items():
+        if is_kept(name, kept):
+            raise AfpqError(f"{name}: has a scheme, and is in modules_to_not_convert; drop one of the two")
+        old = model.get_submodule(name)
+        weight = old.get_parameter("weight")
+        new: PackedModule
+        if isinstance(old, nn.Embedding):
+            new = AfpqEmbedding(old, scheme, "meta")
+        elif ends.tied:
+            table = model.get_submodule(ends.embedding or "")
+            assert isinstance(table, AfpqEmbedding)
+            new = AfpqTiedHead(table, old.bias)
+        else:
+            new = _empty_layer(old, scheme)
+            new.readable = False
+        if not packed and not isinstance(new, AfpqTiedHead):
+            new.register_parameter("weight", weight)
+        replace_module(model, name, new)
+    untie(model, schemes)
+
+
+def spare_initialization(model: nn.Module) -> None:
+    """Some models fill their linears' weights from the module above (GPT-2's c_proj); ours have none to fill.
+
+    So what holds a quantized linear, and has no tensors of its own, counts as initialized.
+    """
+    for module in model.modules():
+        if any(isinstance(child, AfpqLinear) for child in module.children()):
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if not own:
+                module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def waits_to_be_quantized(module: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is only a place to load to."""
+    return isinstance(module, AfpqExperts) or (isinstance(module, PackedModule) and parameter == "weight")

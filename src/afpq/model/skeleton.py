@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Build a model's architecture on the meta device: module names and shapes without memory for weights.
+
+Every weight matrix is a linear in it: GPT-2's Conv1D is replaced by one, and fused experts are taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from afpq.errors import AfpqError
+from afpq.model.unfuse import unfuse
+
+MOST_LAYERS = 10_000
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter created inside goes to the meta device as it is registered, before it is filled."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def model_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """What builds and loads the architecture that config.json names: its class, or the Auto class for it.
+
+    Encoders, encoder-decoders and bare models have no Auto class in common. Where a config names no architecture of
+    Transformers, it is taken for a causal language model; where it names code of its own, and that is allowed, for
+    what the Auto class it is listed under makes of it.
+    """
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if trust_remote_code:
+        listed = getattr(config, "auto_map", None) or {}
+        auto = next((key for key, place in listed.items() if str(place).rpartition(".")[2] == name), None)
+        if auto is not None and auto.startswith("AutoModel"):
+            return getattr(transformers, auto)
+    named = getattr(transformers, name, None)
+    known = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    return named if known else AutoModelForCausalLM
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """Transformers' object of config.json. Raises AfpqError where it cannot make one, or no machine could hold it."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:  # a config is foreign input: any class of Transformers may stumble over it its own way
+        raise _cannot_build(directory, error) from None
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them one by one would take for ever
+        raise AfpqError(f"{directory / 'config.json'}: num_hidden_layers is {layers}; {MOST_LAYERS} are the most")
+    return config
+
+
+def _cannot_build(directory: Path, error: Exception) -> AfpqError:
+    reason = " ".join(str(error).split())
+    return AfpqError(f"{directory}: Transformers cannot build this model: {reason[:300] or type(error).__name__}")
+
+
+def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The architecture that config.json names, in evaluation mode: parameters on the meta device, buffers real.
+
+    Buffers such as rotary frequencies are computed, not loaded, so they must exist when the model is run.
+
+    Raises AfpqError where Transformers does not know it, or it needs code from the checkpoint that was not allowed.
+    """
+    config = read_config(directory, trust_remote_code)
+    try:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        named = model_class(config, trust_remote_code)
+        with _parameters_on_meta():
+            model: PreTrainedModel = (
+                named._from_config(config)
+                if issubclass(named, PreTrainedModel)
+                else named.from_config(config, trust_remote_code=trust_remote_code)
+            )
+        unfuse(model)
+        return model.eval()
+    except Exception as error:  # as above
+        raise _cannot_build(directory, error) from None

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Numbers of one weight: formats, schemes, scales, rounding and packing. Tensors in, tensors out."""

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""Block by block gives what the whole model gives; stages and moments are what hooks on the whole model see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+)
+
+from afpq.calibration.capture import advance, capture, materialize
+from afpq.calibration.hidden_states import Activations, batch_size
+from afpq.calibration.stages import collect, find_stages, input_of
+from afpq.errors import AfpqError
+from afpq.model.blocks import find_blocks
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"vocab_size": 99, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
+GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**GATED),
+    "gemma2": Gemma2Config(**GATED, sliding_window=4),  # two kinds of masks in turn
+    "opt": OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gpt-neox": GPTNeoXConfig(**{**SMALL, "intermediate_size": 48}),
+    "falcon": FalconConfig(**SMALL),
+    "bloom": BloomConfig(**SMALL),
+}
+
+
+def tiny(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()  # type: ignore[no-any-return]
+
+
+def ids(count: int = 4, length: int = 12) -> Tensor:
+    return torch.randint(99, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def stored(path: Path, value: Tensor) -> Activations:
+    states = Activations(path, tuple(value.shape), create=True)
+    states.tensor[:] = value
+    return states
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@torch.no_grad()
+def test_block_by_block_equals_the_whole_model(name: str, tmp_path: Path) -> None:
+    model, windows = tiny(name), ids()
+    wanted = model(windows, output_hidden_states=True, use_cache=False).hidden_states
+    first = torch.empty(4, 12, 32)
+    blocks = find_blocks(model)
+
+    def write(name: str, rows: slice, hidden: Tensor) -> None:
+        assert name == blocks[0].name
+        first[rows] = hidden
+
+    calls = capture(model, blocks, windows, write)
+    assert list(calls) == [block.name for block in blocks]
+    states = stored(tmp_path / "0", first)
+    for index, (block, call) in enumerate(zip(blocks, calls.values())):
+        assert torch.allclose(states.tensor, wanted[index], atol=1e-5)
+        following = Activations(tmp_path / str(index + 1), (4, 12, 32), create=True)
+        advance(block.module, call, states, following, CPU)
+        states = following
+
+
+@torch.no_grad()
+def test_stages_are_the_linears_that_read_one_tensor(tmp_path: Path) -> None:
+    model, windows = tiny("llama"), ids()
+    block = find_blocks(model)[0]
+    first: list[Tensor] = []
+    call = capture(model, find_blocks(model), windows, lambda *state: first.append(state[2]))[block.name]
+    names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears()]
+    stages = find_stages(block.module, names, call, first[0])
+    attention, mlp = "self_attn.", "mlp."
+    assert [set(stage.linears) for stage in stages] == [
+        {attention + "q_proj", attention + "k_proj", attention + "v_proj"},
+        {attention + "o_proj"},
+        {mlp + "gate_proj", mlp + "up_proj"},
+        {mlp + "down_proj"},
+    ]
+    # The moments are those of what the linear really reads.
+    seen: list[Tensor] = []
+    handle = block.module.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    call(block.module, first[0])
+    handle.remove()
+    x = seen[0].flatten(0, 1).double()
+    assert torch.allclose(input_of(block.module, "mlp.down_proj", call, first[0]).double(), x)
+    states, shifted = stored(tmp_path / "a", first[0]), stored(tmp_path / "b", first[0] * 1.1)
+    moments = collect(stages[3], call, block.module, states, block.module, shifted, CPU)
+    assert moments.tokens == 48 and torch.allclose(moments.H.double(), x.T @ x, rtol=1e-4, atol=1e-5)
+    f = input_of(block.module, "mlp.down_proj", call, first[0] * 1.1).double()
+    assert moments.D is not None and torch.allclose(moments.D.double(), x.T @ (f - x), rtol=1e-3, atol=1e-5)
+
+
+def test_batches_divide_the_windows() -> None:
+    for windows in (1, 7, 12, 128):
+        for length in (5, 512, 2048, 10_000):
+            size = batch_size(windows, length)
+            assert windows % size == 0 and (size == 1 or size * length <= 4096)
+
+
+class Chain(nn.Module):
+    """An embedding, a tower that text does not reach, and blocks run last to first, with something done between."""
+
+    def __init__(self, between: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]) -> None:
+        super().__init__()
+        self.between = between
+        self.embed = nn.Embedding(99, 32)
+        self.tower, self.layers = (
+            nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(32, 32)}) for _ in range(2)) for _ in range(2)
+        )
+
+    def forward(self, tokens: Tensor, use_cache: bool) -> Tensor:
+        hidden: Tensor = self.embed(tokens)
+        for layer in reversed(self.layers):
+            hidden, more = self.between(hidden)
+            hidden = layer(hidden, **more)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda hidden: (hidden, {"extra": hidden.mean()}),
+        lambda hidden: (hidden + 1, {}),
+        lambda hidden: (hidden.add_(1), {}),
+    ],
+    ids=["state of the text beside", "hidden states changed", "changed in place"],
+)
+def test_what_a_block_cannot_be_given_alone_is_refused(between: Any) -> None:
+    model = Chain(between)
+    with pytest.raises(AfpqError, match="use --method rtn"):
+        capture(model, find_blocks(model), ids(4, 4096), lambda *_: None)
+
+
+def test_blocks_are_recorded_in_the_order_they_run_and_only_those() -> None:
+    model, begun = Chain(lambda hidden: (hidden, {})), []
+    calls = capture(model, find_blocks(model), ids(), lambda name, rows, _: begun.append((name, rows)))
+    assert list(calls) == ["layers.1", "layers.0"]
+    assert begun == [("layers.1", slice(0, 4))]
+
+
+def test_a_parameter_under_another_name_is_an_error() -> None:
+    with torch.device("meta"):
+        linear = nn.Linear(2, 2)
+    with pytest.raises(AfpqError, match="bias"):
+        materialize(linear, {"weight": torch.ones(2, 2)}, CPU)
+
+
+@torch.no_grad()
+def test_outputs_that_overflow_are_an_error(tmp_path: Path) -> None:
+    model = tiny("llama")
+    blocks = find_blocks(model)
+    first: list[Tensor] = []
+    call = capture(model, blocks, ids(), lambda *state: first.append(state[2]))[blocks[0].name]
+    blocks[0].module.get_submodule("mlp.down_proj").weight.fill_(torch.inf)  # type: ignore[operator, union-attr]
+    states = stored(tmp_path / "a", first[0])
+    with pytest.raises(AfpqError, match="NaN or Inf"):
+        advance(blocks[0].module, call, states, Activations(tmp_path / "b", (4, 12, 32), True), CPU)
