@@ -295,8 +295,8 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import afpq
-from afpq import selftest
-from afpq.source import Checkpoint
+from afpq.jobs import selftest
+from afpq.checkpoint.reader import Checkpoint
 
 selftest.available_memory = lambda: 0  # no memory to spare: nothing may be loaded whole
 samples, read = [], Checkpoint.read

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afpq.algorithms import quantize_gptq, quantize_rtn, with_book
+from afpq.algorithms import quantize_gptq, quantize_rtn, with_codebook
 from afpq.algorithms.learned_codebooks import SAMPLE, error_of, learn_values, sample_rows, without_zero
 from afpq.errors import AfpqError
 from afpq.numerics.formats import FORMATS, LEARNED, Format, custom_format, parse_format
@@ -60,7 +60,7 @@ def test_a_book_is_a_format_and_no_worse_than_its_start(
 ) -> None:
     weight, importance = random(rows, columns, seed=seed), random(columns, seed=99).square()
     weight = {"normal": weight, "one-sided": weight.abs(), "few": weight.round(), "zeros": weight * 0}[kind]
-    found = with_book(weight, scheme, search, importance)
+    found = with_codebook(weight, scheme, search, importance)
     book = found.format
     assert not book.learned and replace(found, format=scheme.format) == scheme
     assert parse_format(str(book)) == book and len(book.values) == len(scheme.format.values)
@@ -92,7 +92,7 @@ def test_the_book_a_weight_was_made_of_is_found_again(bits: int) -> None:
     weight = values[torch.randint(len(book), (64, 64), generator=torch.Generator().manual_seed(0))]
     weight[:, 0], weight[:, 1] = 1, -1  # so that absmax scales are those it was made with
     weight = weight * random(64, 1).exp()
-    found = with_book(weight, parse_scheme(f"learned{bits}-asym-g-1-float32"), "absmax")
+    found = with_codebook(weight, parse_scheme(f"learned{bits}-asym-g-1-float32"), "absmax")
     assert found.format.values == pytest.approx(book, abs=1e-3)
     assert error(weight, found, "absmax") < 1e-6 * weight.square().sum().item()
 
@@ -143,7 +143,7 @@ def test_columns_without_importance_teach_nothing() -> None:
     changed = weight.clone()
     changed[:, 32:] = changed[:, 32:].sign() * 0.1
     scheme = parse_scheme("learned3-asym-g32-float32")
-    books = [with_book(w, scheme, "mse", importance).format for w in (weight, changed)]
+    books = [with_codebook(w, scheme, "mse", importance).format for w in (weight, changed)]
     assert books[0] == books[1]
 
 
@@ -167,11 +167,11 @@ def test_what_a_sample_teaches_holds_for_all(search: str) -> None:
 def test_an_ordinary_format_is_left_alone() -> None:
     for format in FORMATS.values():
         scheme = Scheme(format, 32)
-        assert with_book(random(4, 32), scheme) is scheme
+        assert with_codebook(random(4, 32), scheme) is scheme
 
 
 def test_where_nothing_is_better_nf_stays_by_its_name() -> None:
-    assert with_book(torch.zeros(4, 32), parse_scheme("learned3-asym-g32")).format == parse_format("nf3")
+    assert with_codebook(torch.zeros(4, 32), parse_scheme("learned3-asym-g32")).format == parse_format("nf3")
 
 
 def test_nan_is_an_error() -> None:
@@ -186,7 +186,7 @@ def test_gptq_learns_from_what_it_is_given(text: str) -> None:
     x = random(256, 96) @ random(96, 96, seed=1)
     H, weight = x.T @ x, random(48, 96, seed=2)
     solved, _ = quantize_gptq(weight, H, parse_scheme(text))
-    assert solved.scheme.format == with_book(weight, parse_scheme(text), "mse", H.diagonal()).format
+    assert solved.scheme.format == with_codebook(weight, parse_scheme(text), "mse", H.diagonal()).format
     plain, _ = quantize_gptq(weight, H, started(parse_scheme(text)))
 
     def loss(q: QuantizedWeight) -> float:

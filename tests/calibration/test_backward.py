@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from afpq.calibration.backward import Listener, Walk
-from afpq.calibration.linear_hooks import Gram, Tap, listening
+from afpq.calibration.backward import FloatModelPass, Listener
+from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.blocks import Block
@@ -41,14 +41,14 @@ def save(name: str, directory: Path) -> Any:
     return model
 
 
-def walk(directory: Path, scratch: Path) -> dict[str, Tap]:
+def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
     """What all linears saw, by full names, a block at a time."""
     checkpoint, skeleton = open_checkpoint(directory), build_skeleton(directory)
     plan = make_plan(checkpoint, skeleton, Recipe(parse_scheme("nf4-asym-g32-log8")))
-    passes = Walk(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
+    passes = FloatModelPass(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
     passes.forwards()
-    taps: dict[str, Tap] = {}
-    found: dict[str, Tap] = {}
+    taps: dict[str, LinearStatistics] = {}
+    found: dict[str, LinearStatistics] = {}
 
     def listen(block: Block) -> Listener:
         found.clear()
@@ -125,7 +125,7 @@ def test_linears_that_read_the_same_tensor_know_each_other(tmp_path: Path) -> No
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), width=st.integers(1, 12))
 def test_a_gram_is_the_same_by_tokens_or_summed(sizes: list[int], width: int) -> None:
     parts = [torch.randn(size, width) for size in sizes]
-    gram, x, E = Gram(), torch.cat(parts), torch.randn(3, width)
+    gram, x, E = SecondMoment(), torch.cat(parts), torch.randn(3, width)
     for part in parts:
         gram.add(part)
     assert gram.tokens == len(x) and (gram.H is None) == (len(x) <= width)

@@ -27,7 +27,7 @@ from afpq.calibration.calibrated_run import solve_layer
 from afpq.calibration.stages import Moments
 from afpq.checkpoint.plan import Target
 from afpq.errors import AfpqError
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.scheme import parse_scheme
 from afpq.recipe import METHODS, Recipe
 
@@ -111,7 +111,7 @@ def test_no_text_or_too_little_is_an_error(tiny_model_dir: Path, tmp_path: Path,
 @pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
 def test_gradients_that_teach_nothing_leave_gptq_with_a_note(fill: float) -> None:
     W, X = torch.randn(8, 16), torch.randn(64, 16)
-    target = Target("layer", Stored("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
+    target = Target("layer", TensorPart("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
     moments = Moments(X.T @ X, torch.zeros(16, 16), 64)
     weight, log = solve_layer(W, moments, target, Recipe(target.scheme, "tune"), torch.full((8, 8), fill))
     gptq, _ = solve_layer(W, moments, target, Recipe(target.scheme, "gptq"))
@@ -123,7 +123,7 @@ def test_gradients_that_teach_nothing_leave_gptq_with_a_note(fill: float) -> Non
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_useless_activations_fall_back_to_rounding_with_a_note(fill: float, method: str) -> None:
     W = torch.randn(8, 16)
-    target = Target("layer", Stored("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
+    target = Target("layer", TensorPart("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
     moments = Moments(torch.full((16, 16), fill), torch.zeros(16, 16), 5)
     weight, log = solve_layer(W, moments, target, Recipe(target.scheme, method))
     nearest = quantize_rtn(W, target.scheme, "mse")

@@ -20,11 +20,11 @@ from afpq import parse_scheme
 from afpq.algorithms import quantize_gptq, quantize_rtn
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.calibration import head_inputs as head
-from afpq.calibration.head_inputs import head_moments, solve_in_parts
+from afpq.calibration.head_inputs import head_second_moments, solve_in_parts
 from afpq.calibration.solve_layer import solve_layer
 from afpq.calibration.stages import Moments
 from afpq.checkpoint.plan import Target
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import from_tensors
 from afpq.recipe import Recipe
 
@@ -54,13 +54,13 @@ def test_the_heads_output_error_falls(tmp_path: Path, make: Any, method: str) ->
 def test_it_learns_from_what_the_head_reads(tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are not quantized leave the float model's states: then H and D are those of the whole float model."""
     seen: list[Moments] = []
-    original = head_moments
+    original = head_second_moments
 
     def spy(*arguments: Any) -> Moments:
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr("afpq.calibration.calibrated_run.head_moments", spy)
+    monkeypatch.setattr("afpq.calibration.calibrated_run.head_second_moments", spy)
     directory = save(make(False), tmp_path / "model")
     windows: list[Tensor] = []
     monkeypatch.setattr("afpq.jobs.prepare.sample_windows", _noting(afpq.jobs.prepare.sample_windows, windows))  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def test_parts_give_what_the_whole_gives(scheme: str, monkeypatch: pytest.Monkey
     W, x = torch.randn(51, 64), torch.randn(200, 64) * torch.rand(64)
     moments = Moments(x.T @ x, None, 200)
     recipe = Recipe(parse_scheme(scheme), "gptq", gptq=GptqOptions(float_target=False))
-    target = Target("lm_head", Stored("lm_head.weight"), recipe.scheme, (51, 64), "lm_head.")
+    target = Target("lm_head", TensorPart("lm_head.weight"), recipe.scheme, (51, 64), "lm_head.")
     whole, _ = quantize_gptq(W, moments.H, recipe.scheme, recipe.gptq)
     monkeypatch.setattr(head, "PART", 16 * 64)
     tensors, log = solve_in_parts(W, moments, target, recipe, solve_layer)

@@ -16,10 +16,10 @@ from families import slow_but_for
 from torch import Tensor, nn
 
 import afpq
-from afpq.calibration.backward import Walk
+from afpq.calibration.backward import FloatModelPass
 from afpq.calibration.capture import materialize
 from afpq.calibration.hidden_states import Activations
-from afpq.calibration.output_gradients import gradients_file, output_moments, store_gradients
+from afpq.calibration.output_gradients import gradients_file, output_second_moments, store_gradients
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.skeleton import build_skeleton
@@ -34,20 +34,20 @@ def moments(directory: Path, scratch: Path) -> dict[str, Tensor]:
     """Of all linears, by full names; blocks are run again one by one, as when they are quantized."""
     checkpoint, skeleton = open_checkpoint(directory), build_skeleton(directory)
     plan = make_plan(checkpoint, skeleton, Recipe(parse_scheme("nf4-asym-g32-log8"), "tune"))
-    walk = Walk(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
+    walk = FloatModelPass(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
     walk.forwards()
     inputs = [state.tensor.clone() for state in walk.states]
     walk.keep_gradients(SEED, lambda index: gradients_file(scratch, index))
     found: dict[str, Tensor] = {}
     for index, block in enumerate(walk.blocks):
         stored = {n: p for n, p in plan.names.items() if n.startswith(f"{block.name}.")}
-        tensors = {n.removeprefix(f"{block.name}."): checkpoint.read_stored(p) for n, p in stored.items()}
+        tensors = {n.removeprefix(f"{block.name}."): checkpoint.read_part(p) for n, p in stored.items()}
         real = materialize(block.module, tensors, CPU)
         store = Activations(scratch / "inputs.bin", tuple(inputs[index].shape), create=True)
         store.tensor.copy_(inputs[index])
         behind = Activations(gradients_file(scratch, index), tuple(store.tensor.shape), create=False)
         names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears()]
-        local = output_moments(real, walk.calls[block.name], names, store, behind, CPU)
+        local = output_second_moments(real, walk.calls[block.name], names, store, behind, CPU)
         found |= {f"{block.name}.{name}": G for name, G in local.items()}
     return found
 
@@ -90,7 +90,7 @@ def test_gradients_are_stored_once(tmp_path: Path) -> None:
     checkpoint, skeleton = open_checkpoint(tmp_path / "model"), build_skeleton(tmp_path / "model")
     plan = make_plan(checkpoint, skeleton, Recipe(parse_scheme("nf4-asym-g32"), "tune"))
     reports: list[str] = []
-    walk = Walk(plan, skeleton, WINDOWS, tmp_path, CPU, lambda text, *_: reports.append(text))
+    walk = FloatModelPass(plan, skeleton, WINDOWS, tmp_path, CPU, lambda text, *_: reports.append(text))
     store_gradients(walk, SEED)
     count = len(reports)
     files = sorted(path.name for path in tmp_path.glob("*.bin"))

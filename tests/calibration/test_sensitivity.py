@@ -10,12 +10,12 @@ import torch
 from calibration.test_backward import WINDOWS, save
 from torch import Tensor
 
-from afpq.algorithms import quantize_gptq, quantize_rtn, quantize_two_sided
-from afpq.calibration.linear_hooks import Gram, Tap
+from afpq.algorithms import quantize_gptq, quantize_guided, quantize_rtn
+from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment
 from afpq.calibration.sensitivity import (
     GPTQ_SHARE,
     GroupLosses,
-    Measuring,
+    SensitivitySettings,
     layer_errors,
     left_share,
     measure_losses,
@@ -33,7 +33,7 @@ SCHEMES = [parse_scheme(name) for name in ("nf2-asym-g64", "nf3-asym-g64", "nf4-
 def measure(directory: Path, scratch: Path, windows: Tensor = WINDOWS) -> list[GroupLosses]:
     checkpoint, skeleton = open_checkpoint(directory), build_skeleton(directory)
     plan = make_plan(checkpoint, skeleton, Recipe(SCHEMES[1]))
-    how = Measuring(windows, 0, torch.device("cpu"), "mse")
+    how = SensitivitySettings(windows, 0, torch.device("cpu"), "mse")
     return measure_losses(plan, skeleton, plan.block_targets, SCHEMES, how, scratch)
 
 
@@ -71,9 +71,9 @@ def test_the_loss_is_the_kl_of_a_small_error(tmp_path: Path) -> None:
     x, W = torch.randn(4000, 32), 0.3 * torch.randn(12, 32)
     p = (x @ W.T).softmax(-1)
     drawn = torch.nn.functional.one_hot(p.multinomial(1)[:, 0], 12)
-    gram = Gram()
+    gram = SecondMoment()
     gram.add(x)
-    tap = Tap(gram, (p - drawn).square().sum(0), torch.zeros(1), ("head",))
+    tap = LinearStatistics(gram, (p - drawn).square().sum(0), torch.zeros(1), ("head",))
     scheme = parse_scheme("int8-sym-g64")
     loss = layer_errors(W, tap, [scheme], "mse", 12).scattered.item() / 2
     Q = quantize_rtn(W, scheme, "mse", gram.diagonal()).dequantize()
@@ -86,9 +86,11 @@ def test_the_loss_is_the_kl_of_a_small_error(tmp_path: Path) -> None:
 def test_few_rows_tell_nearly_what_all_do(limit: int) -> None:
     generator = torch.Generator().manual_seed(limit)
     W = torch.randn(400, 64, generator=generator) * torch.rand(400, 1, generator=generator)
-    gram = Gram()
+    gram = SecondMoment()
     gram.add(torch.randn(200, 64, generator=generator))
-    tap = Tap(gram, torch.rand(400, generator=generator) ** 8, torch.ones(1), ("x",))  # a few outputs matter most
+    tap = LinearStatistics(
+        gram, torch.rand(400, generator=generator) ** 8, torch.ones(1), ("x",)
+    )  # a few outputs matter most
     some, all_rows = (layer_errors(W, tap, SCHEMES, "mse", rows) for rows in (limit, 400))
     assert some.scattered.tolist() == pytest.approx(all_rows.scattered.tolist(), rel=0.6 / limit**0.5)
     assert some.common[:, 0].tolist() == pytest.approx(all_rows.common[:, 0].tolist(), rel=0.6 / limit**0.5)
@@ -96,9 +98,11 @@ def test_few_rows_tell_nearly_what_all_do(limit: int) -> None:
 
 
 def test_a_layer_whose_inputs_are_zero_costs_nothing() -> None:
-    gram = Gram()
+    gram = SecondMoment()
     gram.add(torch.zeros(5, 64))
-    errors = layer_errors(torch.randn(8, 64), Tap(gram, torch.ones(8), torch.ones(3), ("x",)), SCHEMES, "mse", 4)
+    errors = layer_errors(
+        torch.randn(8, 64), LinearStatistics(gram, torch.ones(8), torch.ones(3), ("x",)), SCHEMES, "mse", 4
+    )
     assert errors.scattered.tolist() == [0, 0, 0] and errors.common.tolist() == 3 * [[0, 0, 0]]
 
 
@@ -113,7 +117,7 @@ def moving(tokens: int, width: int, smooth: float) -> Tensor:
 @pytest.mark.parametrize("smooth", [0.0, 0.6, 0.95])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_share_that_gptq_leaves_is_what_it_leaves(smooth: float, scheme: Scheme) -> None:
-    gram, W = Gram(), torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    gram, W = SecondMoment(), torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     gram.add(moving(6000, 96, smooth))
     assert gram.H is not None
     nearest = quantize_rtn(W, scheme, "mse", gram.diagonal()).dequantize() - W
@@ -123,20 +127,20 @@ def test_the_share_that_gptq_leaves_is_what_it_leaves(smooth: float, scheme: Sch
 
 
 def test_shares_of_both_sides_multiply() -> None:
-    inputs, outputs, scheme = Gram(), Gram(), SCHEMES[0]
+    inputs, outputs, scheme = SecondMoment(), SecondMoment(), SCHEMES[0]
     inputs.add(moving(6000, 96, 0.6))
     outputs.add(moving(6000, 64, 0.8))
     assert inputs.H is not None and outputs.H is not None
     W = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     nearest = quantize_rtn(W, scheme, "mse", inputs.diagonal()).dequantize() - W
-    solved = quantize_two_sided(W, inputs.H, outputs.H, scheme)[0].dequantize() - W
+    solved = quantize_guided(W, inputs.H, outputs.H, scheme)[0].dequantize() - W
     left = inputs.product(solved, outputs.H @ solved).sum() / inputs.product(nearest, outputs.H @ nearest).sum()
     product = left_share(inputs, 0.01, 1.0) * left_share(outputs, 0.01, 1.0)
     assert product == pytest.approx(left.item(), rel=0.35)
 
 
 def test_the_share_is_a_usual_one_where_few_tokens_tell() -> None:
-    few, zero = Gram(), Gram()
+    few, zero = SecondMoment(), SecondMoment()
     few.add(moving(150, 96, 0.9))
     zero.add(torch.zeros(300, 96))
     assert left_share(few, 0.01, GPTQ_SHARE) == left_share(zero, 0.01, GPTQ_SHARE) == GPTQ_SHARE

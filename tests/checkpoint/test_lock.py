@@ -21,10 +21,10 @@ BARE = f"""
 import sys, time, types
 from pathlib import Path
 package = types.ModuleType("afpq")
-package.__path__ = {[str(Path(afpq.checkpoint.lock.__file__).parent)]}
+package.__path__ = {[str(Path(afpq.checkpoint.lock.__file__).parents[1])]}
 sys.modules["afpq"] = package
 from afpq.errors import AfpqError
-from afpq.lock import locked
+from afpq.checkpoint.lock import locked
 """
 HOLD = """
 import signal

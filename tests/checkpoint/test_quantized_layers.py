@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModel
 
 from afpq import AfpqConfig, AfpqError, export, parse_scheme, quantize
-from afpq.checkpoint.quantized_layers import stored_layers
+from afpq.checkpoint.quantized_layers import quantized_layers
 from afpq.checkpoint.reader import open_checkpoint
 
 
@@ -18,7 +18,7 @@ def test_every_layer_with_its_scheme_and_tensors(tiny_model_dir: Path, tmp_path:
     overrides = (("down_proj", parse_scheme("int8-asym-g32")),)
     plan = quantize(tiny_model_dir, tmp_path / "q", overrides=overrides, skip=("q_proj",), measured=False)
     checkpoint = open_checkpoint(tmp_path / "q")
-    layers = stored_layers(checkpoint)
+    layers = quantized_layers(checkpoint)
     assert {(layer.name, layer.scheme, layer.shape) for layer in layers} == {
         (target.module, target.scheme, target.shape) for target in plan.targets
     }
@@ -33,7 +33,7 @@ def test_every_layer_with_its_scheme_and_tensors(tiny_model_dir: Path, tmp_path:
 def test_a_checkpoint_of_the_model_without_its_head(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(tiny_model_dir, quantization_config=AfpqConfig())
     model.save_pretrained(tmp_path / "base")
-    layers = stored_layers(open_checkpoint(tmp_path / "base"))
+    layers = quantized_layers(open_checkpoint(tmp_path / "base"))
     assert len(layers) == 14 and layers[0].tensors["qweight"] == "layers.0.self_attn.q_proj.qweight"
     export(tmp_path / "base", tmp_path / "out")
     again = AutoModel.from_pretrained(tmp_path / "out")
@@ -47,9 +47,9 @@ def test_a_linear_that_the_config_does_not_keep_must_be_packed(tiny_model_dir: P
     config["quantization_config"]["modules_to_not_convert"] = []
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     with pytest.raises(AfpqError, match=r"lm_head\.qweight"):
-        stored_layers(open_checkpoint(tmp_path / "q"))
+        quantized_layers(open_checkpoint(tmp_path / "q"))
 
 
 def test_a_model_that_is_not_quantized_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(AfpqError, match="not quantized"):
-        stored_layers(open_checkpoint(tiny_model_dir))
+        quantized_layers(open_checkpoint(tiny_model_dir))

@@ -25,7 +25,7 @@ from afpq.evaluation.inspect_weights import (
     mean_error,
     recommend,
 )
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 
 SMALL = InspectSettings(bits=(3,), group_size=32)
 
@@ -89,8 +89,8 @@ def test_some_layers_only(tiny_model_dir: Path) -> None:
 def test_only_the_drawn_rows_are_read(tiny_model_dir: Path) -> None:
     checkpoint = open_checkpoint(tiny_model_dir)
     name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(checkpoint.read_rows(Stored(name), [0, 5, 63]), checkpoint.read(name)[[0, 5, 63]])
-    turned = checkpoint.read_rows(Stored(name, transposed=True), [0, 5])
+    assert torch.equal(checkpoint.read_rows(TensorPart(name), [0, 5, 63]), checkpoint.read(name)[[0, 5, 63]])
+    turned = checkpoint.read_rows(TensorPart(name, transposed=True), [0, 5])
     assert torch.equal(turned, checkpoint.read(name).T[[0, 5]])
 
 

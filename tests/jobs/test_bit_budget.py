@@ -21,7 +21,7 @@ import afpq
 from afpq import AfpqError, Recipe, parse_scheme
 from afpq.calibration.sensitivity import GroupLosses, kind_of_layer
 from afpq.evaluation.loading import load_model
-from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget, pattern_of, stored_losses, with_choice
+from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget, pattern_of, read_losses, with_choice
 from afpq.jobs.prepare import CalibrationSettings, Job, prepare
 from afpq.model.blocks import find_blocks
 
@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on_without_measuring(
 def test_a_file_of_something_else_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(AfpqError, match=r"a\.json"):
-        stored_losses(tmp_path / "a.json", {"text": "x"})
+        read_losses(tmp_path / "a.json", {"text": "x"})
 
 
 @pytest.mark.parametrize(("bits", "candidates", "words"), [

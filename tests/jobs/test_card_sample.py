@@ -19,12 +19,12 @@ from afpq.evaluation.text import sample_windows, tokenize, unused_windows, windo
 from afpq.jobs.card_sample import (
     MAX_LENGTH,
     MAX_WINDOWS,
-    Drawn,
-    Sample,
-    SampleFigures,
-    measure_sample,
-    sample_beside,
-    sample_of,
+    CardFigures,
+    CardText,
+    WindowDraw,
+    card_text_of,
+    measure_card_text,
+    unused_card_text,
 )
 from afpq.jobs.execute import execute
 from afpq.jobs.prepare import CalibrationSettings, Job, prepare
@@ -57,14 +57,14 @@ def test_unused_windows_touch_no_window_used(
 
 def test_what_is_measured_on() -> None:
     tokens = torch.arange(100_000)
-    apart = sample_beside(Drawn(tokens, 8, 1024, 0), "a.txt")
+    apart = unused_card_text(WindowDraw(tokens, 8, 1024, 0), "a.txt")
     assert apart.windows.shape == (MAX_WINDOWS, MAX_LENGTH) and "did not use" in apart.origin
     assert apart.windows[-1, 0] > 50_000 > apart.windows[0, 0]  # spread over the text
-    full = sample_beside(Drawn(tokens[:1000], 8, 300, 0), "a.txt")
+    full = unused_card_text(WindowDraw(tokens[:1000], 8, 300, 0), "a.txt")
     assert full.windows.shape == (8, 300) and "flattering" in full.origin
-    short = sample_beside(Drawn(tokens[:9], 8, 300, 0), "a.txt")
+    short = unused_card_text(WindowDraw(tokens[:9], 8, 300, 0), "a.txt")
     assert torch.equal(short.windows, tokens[None, :9])
-    assert torch.equal(sample_of(tokens, 2048, "b.txt").windows, windows(tokens, 512)[:16])
+    assert torch.equal(card_text_of(tokens, 2048, "b.txt").windows, windows(tokens, 512)[:16])
 
 
 def origin(job: Job) -> str:
@@ -95,7 +95,7 @@ def test_figures_are_those_of_eval(tiny_model_dir: Path, tmp_path: Path) -> None
         prepare(tiny_model_dir, RECIPE, eval_text=TEXT), tmp_path / "out", progress=lambda *c: calls.append(c)
     )
     found = outcome.measured
-    assert isinstance(found, SampleFigures)
+    assert isinstance(found, CardFigures)
     original, small = load_model(tiny_model_dir), load_model(tmp_path / "out")
     stream = windows(tokenize(load_tokenizer(tiny_model_dir), TEXT), 128)[:16]
     expected = evaluate(small, stream, logits_of(original, stream))
@@ -123,6 +123,6 @@ def test_a_model_that_cannot_be_measured_is_told(
 
     monkeypatch.setattr("afpq.jobs.card_sample.load_model", fail)
     plan = prepare(tiny_model_dir, RECIPE).plan
-    sample = Sample(torch.zeros(1, 4, dtype=torch.int64), "zeros")
-    reason = measure_sample(plan, tiny_model_dir, sample, torch.device("cpu"))
+    sample = CardText(torch.zeros(1, 4, dtype=torch.int64), "zeros")
+    reason = measure_card_text(plan, tiny_model_dir, sample, torch.device("cpu"))
     assert reason == " ".join(str(error).split())

@@ -18,7 +18,7 @@ from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme
 from afpq.checkpoint.reader import CARD, WEIGHTS
 from afpq.evaluation.loading import load_model
 from afpq.evaluation.perplexity import evaluate, logits_of
-from afpq.jobs.end_pass import kl, tune_end
+from afpq.jobs.end_pass import kl, run_end_pass
 from afpq.jobs.prepare import prepare
 from afpq.model.quantize_in_memory import quantize_model
 
@@ -54,7 +54,7 @@ def test_what_is_saved_has_the_kl_that_is_told(tiny_model_dir: Path, scheme: str
     model, original = pair(tiny_model_dir, scheme)
     windows = random_windows(16)
     before = {name: layer.quantized_weight() for name, layer in layers(model).items()}
-    scales, vectors, told = tune_end(model, original, windows, 12, 0, vectors_of(model))
+    scales, vectors, told = run_end_pass(model, original, windows, 12, 0, vectors_of(model))
     assert told.kl_after < told.kl_before and 0 < told.kept_step <= 12
     assert (told.training_windows, told.judging_windows) == (14, 2)
     assert set(scales) == set(before) and vectors
@@ -77,7 +77,7 @@ def test_other_text_gains_too(tiny_model_dir: Path) -> None:
     model, original = pair(tiny_model_dir, "nf2-asym-g32-log8")
     other = torch.randint(256, (8, 24), generator=torch.Generator().manual_seed(9))
     before = evaluate(model, other, logits_of(original, other)).kl_divergence
-    scales, vectors, _ = tune_end(model, original, random_windows(64), 40, 0, vectors_of(model))
+    scales, vectors, _ = run_end_pass(model, original, random_windows(64), 40, 0, vectors_of(model))
     apply(model, scales, vectors)
     assert before is not None
     after = evaluate(model, other, logits_of(original, other)).kl_divergence
@@ -110,7 +110,7 @@ def test_a_model_that_is_the_original_stays(tiny_model_dir: Path) -> None:
     model, original = pair(tiny_model_dir, "nf4-asym-g32-float32")
     for name, layer in layers(model).items():
         original.get_submodule(name).weight.data = layer.dequantize()
-    scales, vectors, told = tune_end(model, original, random_windows(8), 8, 0, vectors_of(model))
+    scales, vectors, told = run_end_pass(model, original, random_windows(8), 8, 0, vectors_of(model))
     assert not scales and not vectors and told.kept_step == 0 and told.kl_after == told.kl_before
 
 
@@ -203,11 +203,11 @@ def test_bad_wishes(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_too_few_windows(tiny_model_dir: Path) -> None:
     model, original = pair(tiny_model_dir, "nf3-asym-g32")
     with pytest.raises(AfpqError, match="needs 2 windows"):
-        tune_end(model, original, random_windows(1), 4, 0, {})
+        run_end_pass(model, original, random_windows(1), 4, 0, {})
 
 
 def test_a_damaged_model_is_told(tiny_model_dir: Path) -> None:
     model, original = pair(tiny_model_dir, "nf3-asym-g32")
     original.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(AfpqError, match="NaN or Inf"):
-        tune_end(model, original, random_windows(4), 4, 0, {})
+        run_end_pass(model, original, random_windows(4), 4, 0, {})

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afpq
 from afpq import AfpqConfig, AfpqError, export, parse_scheme, quantize
-from afpq.checkpoint.quantized_layers import stored_layers
+from afpq.checkpoint.quantized_layers import quantized_layers
 from afpq.checkpoint.reader import CARD, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from afpq.checkpoint.writer import ShardWriter
 from afpq.jobs import export as module
@@ -153,7 +153,7 @@ def test_shards(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_unpacked_a_few_at_a_time_make_the_same_weight(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(packed)
-    layers = stored_layers(checkpoint)
+    layers = quantized_layers(checkpoint)
     whole = [module.dequantized(checkpoint, layer, torch.float32) for layer in layers]
     monkeypatch.setattr(module, "SLAB", 200)  # three rows, or two
     assert all(

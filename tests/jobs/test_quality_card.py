@@ -17,7 +17,7 @@ from afpq import AfpqError, Recipe, parse_scheme
 from afpq.checkpoint.card_header import licence_of
 from afpq.checkpoint.reader import CARD
 from afpq.evaluation.perplexity import Evaluation
-from afpq.jobs.card_sample import Sample, SampleFigures
+from afpq.jobs.card_sample import CardFigures, CardText
 from afpq.jobs.prepare import prepare
 from afpq.jobs.quality_card import PICTURE, Card, card_text
 
@@ -71,8 +71,8 @@ def test_a_model_from_the_hub_is_the_base_model(card: Card, tmp_path: Path) -> N
 
 
 def test_figures_and_their_errors(card: Card) -> None:
-    sample = Sample(torch.zeros(16, 512, dtype=torch.int64), "b.txt")
-    found = SampleFigures(sample, 9.5, Evaluation(10.25, 0.5, 100, 0.0123, 0.0004, 0.951))
+    sample = CardText(torch.zeros(16, 512, dtype=torch.int64), "b.txt")
+    found = CardFigures(sample, 9.5, Evaluation(10.25, 0.5, 100, 0.0123, 0.0004, 0.951))
     text = card_text(replace(card, measured=found), picture=False)
     assert "| perplexity | 9.50 | 10.25 ± 0.50 |" in text
     assert "0.0123 ± 0.0004" in text and "95.1 %" in text and "Measured on b.txt: 16 windows of 512 tokens" in text

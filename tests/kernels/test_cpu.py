@@ -206,8 +206,8 @@ def test_many_threads_may_call_at_once() -> None:
 FORK = """
 import os, torch, warnings
 from afpq.algorithms import quantize_rtn
-from afpq.linear import AfpqLinear
-from afpq.scheme import parse_scheme
+from afpq.model.linear import AfpqLinear
+from afpq.numerics.scheme import parse_scheme
 torch.set_num_threads(4)
 layer = AfpqLinear.from_weight(quantize_rtn(torch.randn(2048, 1024), parse_scheme("nf4-asym-g128")))
 x = torch.randn(2, 1024)

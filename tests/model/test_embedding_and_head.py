@@ -19,7 +19,7 @@ from afpq.checkpoint.info import model_info
 from afpq.checkpoint.quantization_config import config_from_json, config_to_json
 from afpq.checkpoint.reader import WEIGHTS
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
-from afpq.model.embedding_and_head import find_ends
+from afpq.model.embedding_and_head import find_embedding_and_head
 from afpq.model.quantize_in_memory import model_bits, quantize_model
 from afpq.model.skeleton import build_skeleton
 
@@ -100,7 +100,7 @@ def test_both_ends_through_everything(model_dir: Path, tmp_path: Path) -> None:
     tied = tied_in(model_dir)
     plan = quantize(model_dir, tmp_path / "out", "nf4-asym-g32", lm_head=HEAD, embedding=None if tied else HEAD)
     model = load(tmp_path / "out")
-    ends = find_ends(load(model_dir))
+    ends = find_embedding_and_head(load(model_dir))
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, AfpqEmbedding) and isinstance(head, AfpqTiedHead if tied else AfpqLinear)
     assert len(plan.end_targets) == (1 if tied else 2)
@@ -318,7 +318,7 @@ def test_ends_are_found(tmp_path: Path) -> None:
         for tied in (True, False):
             directory = save(make(tied), tmp_path / f"{make.__name__}-{tied}")
             for model in (load(directory), build_skeleton(directory)):
-                ends = find_ends(model)
+                ends = find_embedding_and_head(model)
                 assert (ends.embedding, ends.head, ends.tied, ends.sharers) == (embedding, head, tied, ())
-    nothing = find_ends(nn.Sequential(nn.Linear(3, 3)))
+    nothing = find_embedding_and_head(nn.Sequential(nn.Linear(3, 3)))
     assert (nothing.embedding, nothing.head, nothing.tied) == (None, None, False)

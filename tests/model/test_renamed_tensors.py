@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from afpq.checkpoint.locate import Located
+from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.reader import TensorInfo, open_checkpoint
 from afpq.errors import AfpqError
-from afpq.model.renamed_tensors import Names
+from afpq.model.renamed_tensors import TensorNames
 from afpq.model.unfuse import unfuse
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32, "num_attention_heads": 2}
@@ -34,7 +34,7 @@ def model_of(model_type: str, **changes: object) -> PreTrainedModel:
     ],
 )
 def test_experts_are_called_as_in_files(model_type: str, leaves: tuple[str, ...]) -> None:
-    assert Names(model_of(model_type)).leaves() == leaves
+    assert TensorNames(model_of(model_type)).leaves() == leaves
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_experts_are_called_as_in_files(model_type: str, leaves: tuple[str, ...]
     ],
 )  # fmt: skip
 def test_a_stored_name_becomes_the_models(model_type: str, stored: str, in_model: str) -> None:
-    assert Names(model_of(model_type)).in_model(f"model.layers.3.{stored}") == f"model.layers.3.{in_model}"
+    assert TensorNames(model_of(model_type)).in_model(f"model.layers.3.{stored}") == f"model.layers.3.{in_model}"
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama", "bert"])
@@ -59,7 +59,7 @@ def test_every_tensor_transformers_saves_is_one_of_the_models(model_type: str, t
     model.save_pretrained(tmp_path)
     stored = open_checkpoint(tmp_path).tensors
     unfuse(model)
-    located = Located(stored, model, model.state_dict())
+    located = TensorLookup(stored, model, model.state_dict())
     state = set(model.state_dict())
     found = {located.find(name) for name in state} - {None}
     assert {name for name in stored if name not in found and "mlp.experts." not in name} == set()
@@ -71,18 +71,18 @@ def test_every_tensor_transformers_saves_is_one_of_the_models(model_type: str, t
 def test_the_base_models_prefix_may_be_missing_or_too_much() -> None:
     model = model_of("llama")
     info = {"model.norm.weight": TensorInfo(torch.float32, (16,), Path("x"))}
-    assert Located(info, model).find("norm.weight") == "model.norm.weight"
+    assert TensorLookup(info, model).find("norm.weight") == "model.norm.weight"
     info = {"norm.weight": TensorInfo(torch.float32, (16,), Path("x"))}
-    assert Located(info, model).find("model.norm.weight") == "norm.weight"
-    assert Located(info, model).find("model.other.weight") is None
+    assert TensorLookup(info, model).find("model.norm.weight") == "norm.weight"
+    assert TensorLookup(info, model).find("model.other.weight") is None
 
 
 def test_a_module_without_transformers_has_plain_names() -> None:
-    assert Names(nn.Linear(2, 2)).in_model("a.experts.0.w1.weight") == "a.experts.0.w1.weight"
+    assert TensorNames(nn.Linear(2, 2)).in_model("a.experts.0.w1.weight") == "a.experts.0.w1.weight"
 
 
 def test_a_tensor_of_another_shape_is_named() -> None:
-    located = Located({"model.norm.weight": TensorInfo(torch.float32, (17,), Path("file"))}, model_of("llama"))
+    located = TensorLookup({"model.norm.weight": TensorInfo(torch.float32, (17,), Path("file"))}, model_of("llama"))
     with pytest.raises(AfpqError, match=r"file: tensor model\.norm\.weight is .*\(17,\).*needs .*\(16,\)"):
         located.require("model.norm.weight", torch.float32, (16,))
     with pytest.raises(AfpqError, match=r"tensor model\.other is not in the checkpoint"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afpq.errors import AfpqError
-from afpq.numerics.formats import FORMATS, Format, custom_format, parse_format, repeated_books
+from afpq.numerics.formats import FORMATS, Format, custom_format, parse_format, repeated_codebook_bytes
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 BOOKS = st.lists(FLOATS, min_size=2, max_size=40, unique=True).filter(lambda v: min(v) < 0 < max(v))
@@ -152,5 +152,5 @@ def test_a_format_does_not_sort_for_you() -> None:
 def test_a_book_that_weights_share_is_written_once() -> None:
     custom, other = parse_format("lut:-1:0:1"), parse_format("lut:-2:0:1")
     nf3, learned = parse_format("nf3"), parse_format("learned3")
-    assert repeated_books([nf3, nf3, custom, other, learned, learned]) == 0
-    assert repeated_books([custom, other, custom, custom, nf3]) == 2 * custom.book_bytes > 0
+    assert repeated_codebook_bytes([nf3, nf3, custom, other, learned, learned]) == 0
+    assert repeated_codebook_bytes([custom, other, custom, custom, nf3]) == 2 * custom.codebook_bytes > 0

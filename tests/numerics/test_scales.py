@@ -15,7 +15,16 @@ from torch import Tensor
 from afpq.algorithms import quantize_gptq, quantize_rtn, search_clips
 from afpq.numerics.groups import QuantizedWeight, encode, fit_scales, with_grid
 from afpq.numerics.packing import from_tensors, layout, to_tensors
-from afpq.numerics.scales import LEVELS, MOST_OCTAVES, SIGN, fit_grid, from_bytes, grid_tensor, stored, to_bytes
+from afpq.numerics.scales import (
+    LEVELS,
+    MOST_OCTAVES,
+    SIGN,
+    fit_grid,
+    from_bytes,
+    grid_tensor,
+    round_to_storage,
+    to_bytes,
+)
 from afpq.numerics.scheme import ScaleGrid, parse_scheme
 
 SCHEME = parse_scheme("nf4-asym-g32-log8")
@@ -34,7 +43,7 @@ def test_a_stored_scale_is_within_half_a_step_or_at_the_end(scales: Tensor) -> N
     """Of ratio 2^(step / 2); what is smaller than 2^-12 of the largest becomes the smallest of the grid."""
     scheme = fit_grid(SCHEME, scales)
     assert scheme.grid is not None and scheme == SCHEME  # grids do not tell schemes apart
-    back, step = stored(scales, scheme).double(), scheme.grid.step
+    back, step = round_to_storage(scales, scheme).double(), scheme.grid.step
     smallest = 2.0**scheme.grid.low
     off = (back / scales.double()).log2().abs()
     inside = scales.double() >= smallest
@@ -50,7 +59,7 @@ def test_bytes_round_trip_exactly(grid: ScaleGrid, numbers: list[int]) -> None:
     assert to_bytes(scales, grid).tolist() == numbers
     assert (scales < 0).tolist() == [number >= SIGN for number in numbers]
     scheme = replace(SCHEME, grid=grid)
-    assert torch.equal(stored(scales.abs(), scheme), scales.abs())
+    assert torch.equal(round_to_storage(scales.abs(), scheme), scales.abs())
 
 
 def test_the_grid_is_two_to_the_power_of_low_plus_step_times_k() -> None:

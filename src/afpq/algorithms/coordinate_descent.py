@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afpq.numerics.groups import GroupScales, QuantizedWeight, decode_groups, nearest_groups
-from afpq.numerics.scales import stored
+from afpq.numerics.scales import round_to_storage
 from afpq.numerics.scheme import Scheme
 
 
@@ -82,7 +82,7 @@ def _refit(codes: Tensor, G: Tensor, Hb: Tensor, Q: Tensor, scales: GroupScales,
 def _moved(scale: Tensor, step: Tensor, scheme: Scheme) -> Tensor:
     """scale + step, of the sign of the scale and within four times its size, as stored."""
     sign, size = torch.where(scale < 0, -1.0, 1.0), scale.abs()
-    new = stored((size + sign * step).clamp(min=0.25 * size, max=4 * size), scheme, saturate=True)
+    new = round_to_storage((size + sign * step).clamp(min=0.25 * size, max=4 * size), scheme, saturate=True)
     return new * sign.to(new.dtype)
 
 

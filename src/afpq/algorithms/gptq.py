@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from afpq.algorithms.coordinate_descent import descend
-from afpq.algorithms.learned_codebooks import with_book
+from afpq.algorithms.learned_codebooks import with_codebook
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.errors import AfpqError
 from afpq.numerics.groups import GroupScales, QuantizedWeight, fit_scales, nearest_groups, with_grid
@@ -79,7 +79,7 @@ def quantize_gptq(
     """
     columns = Columns(H, scheme, options or GptqOptions(), scale_search)
     W = W.float()
-    scheme = with_grid(W, with_book(W, scheme, scale_search, columns.importance))
+    scheme = with_grid(W, with_codebook(W, scheme, scale_search, columns.importance))
     return columns.solve(W, scheme), columns.factor.damp
 
 

@@ -40,7 +40,9 @@ _MAX = {
 }
 
 
-def with_book(weight: Tensor, scheme: Scheme, scale_search: str = "mse", importance: Tensor | None = None) -> Scheme:
+def with_codebook(
+    weight: Tensor, scheme: Scheme, scale_search: str = "mse", importance: Tensor | None = None
+) -> Scheme:
     """The scheme with a book (and grid) for a weight [rows, in], any float; as it is, unless its format is learned.
 
     `importance`, float [in] >= 0, weighs the columns. On the sample the squared error by `scale_search` is at most that

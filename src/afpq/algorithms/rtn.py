@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afpq.algorithms.learned_codebooks import with_book
+from afpq.algorithms.learned_codebooks import with_codebook
 from afpq.errors import AfpqError
 from afpq.numerics.groups import GroupScales, QuantizedWeight, encode, fit_scales, with_grid
 from afpq.numerics.scale_search import SCALE_SEARCHES, search_scales
@@ -27,7 +27,7 @@ def quantize_rtn(
         raise AfpqError(f"expected a matrix with at least one weight, got shape {tuple(weight.shape)}")
     if scale_search not in SCALE_SEARCHES:
         raise AfpqError(f"scale search {scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
-    scheme = with_grid(weight, with_book(weight, scheme, scale_search, importance))
+    scheme = with_grid(weight, with_codebook(weight, scheme, scale_search, importance))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found: list[GroupScales] = []
     for first in range(0, len(weight), max(1, CHUNK // weight.shape[1])):

@@ -23,12 +23,12 @@ def awq_scale(
     call: BlockCall,
     hidden: Tensor,
     schemes: Mapping[str, Scheme],
-    stored: Mapping[str, torch.dtype],
+    saved_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, float]:
     """Scale a float block's channels in place so that rounding hurts its outputs less; its function stays.
 
-    `hidden` is a batch of hidden states that enter the block, `schemes` the linears to be quantized, `stored` the dtype
-    each parameter will be saved in: parameters that are not quantized end up rounded to it. Returns, by the fold's
+    `hidden` is a batch of hidden states that enter the block, `schemes` the linears to be quantized, `saved_dtypes` the
+    dtype of each parameter in the files: parameters that are not quantized end up rounded to it. Returns, by the fold's
     producer, the error left relative to that without scaling; empty where the family has no known folds.
     """
     ratios: dict[str, float] = {}
@@ -37,12 +37,12 @@ def awq_scale(
             continue
         ratio, scales = _search(block, fold, call, hidden, schemes)
         if ratio < 1:
-            apply_fold(block, fold, scales, stored.get(f"{fold.previous}.weight"))
+            apply_fold(block, fold, scales, saved_dtypes.get(f"{fold.previous}.weight"))
         ratios[f"{fold.previous} -> {', '.join(fold.linears)}"] = ratio
     quantized = {f"{name}.weight" for name in schemes}
     for name, parameter in block.named_parameters():
-        if name not in quantized and name in stored:
-            parameter.copy_(parameter.to(stored[name]))
+        if name not in quantized and name in saved_dtypes:
+            parameter.copy_(parameter.to(saved_dtypes[name]))
     return ratios
 
 

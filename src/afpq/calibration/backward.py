@@ -29,7 +29,7 @@ from afpq.model.blocks import Block, find_blocks
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 
 
-class Walk:
+class FloatModelPass:
     """The float model forwards, and gradients back."""
 
     def __init__(
@@ -109,8 +109,8 @@ class Walk:
 
     def _load(self, block: Block) -> nn.Module:
         prefix = f"{block.name}."
-        stored = {name: place for name, place in self.plan.names.items() if name.startswith(prefix)}
-        tensors = {name.removeprefix(prefix): self.plan.checkpoint.read_stored(s) for name, s in stored.items()}
+        parts = {name: part for name, part in self.plan.names.items() if name.startswith(prefix)}
+        tensors = {name.removeprefix(prefix): self.plan.checkpoint.read_part(p) for name, p in parts.items()}
         return materialize(block.module, tensors, self.device)
 
 
@@ -150,8 +150,8 @@ def step_back(
 
     Raises AfpqError for a block that cannot be run backwards, or where they are NaN or Inf.
     """
-    for rows, stored in inputs.batches(device):
-        hidden = stored.detach().clone().requires_grad_()
+    for rows, states in inputs.batches(device):
+        hidden = states.detach().clone().requires_grad_()
         with torch.enable_grad(), listener(block, rows) if listener is not None else nullcontext():
             result = call(block, hidden.clone())  # a copy: a leaf may not be changed in place
             try:

@@ -19,27 +19,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from afpq.calibration.awq_block import awq_scale
-from afpq.calibration.backward import Progress, Walk
+from afpq.calibration.backward import FloatModelPass, Progress
 from afpq.calibration.capture import BlockCall, advance, capture, materialize, move
 from afpq.calibration.expert_inputs import route, routed_batch
-from afpq.calibration.head_inputs import fill_outside, head_moments, rounded_embedding, solve_in_parts
+from afpq.calibration.head_inputs import fill_outside, head_second_moments, rounded_embedding, solve_in_parts
 from afpq.calibration.hidden_states import Activations, Inputs
-from afpq.calibration.output_gradients import EXPERTS_BYTES, gradients_file, output_moments, store_gradients
+from afpq.calibration.output_gradients import EXPERTS_BYTES, gradients_file, output_second_moments, store_gradients
 from afpq.calibration.round_units import LayerLog, UnitResult, unit_tensors
 from afpq.calibration.solve_layer import named, solve_layer
 from afpq.calibration.stages import Moments, Stage, collect, find_stages
-from afpq.checkpoint.plan import HEAD, Plan, Target, Unit
+from afpq.checkpoint.plan import HEAD, Plan, PlanUnit, Target
 from afpq.errors import AfpqError
 from afpq.model.blocks import Block, find_blocks
 from afpq.model.experts import find_experts
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import to_tensors
 from afpq.recipe import METHODS
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationRun:
     """The windows of tokens [count, length], where scratch files go, and the device that computes.
 
     `all_experts`: every expert learns from all tokens, not only from those routed to it. `seed` draws the text whose
@@ -55,7 +55,7 @@ class Calibration:
 
 
 def run_calibrated(
-    plan: Plan, model: PreTrainedModel, calibration: Calibration, finished: Container[str] = ()
+    plan: Plan, model: PreTrainedModel, calibration: CalibrationRun, finished: Container[str] = ()
 ) -> Iterator[UnitResult]:
     """Each unit of the plan but for the finished ones, blocks in the order they run; those that text does not reach
     come before, rounded to nearest. `model` is the skeleton the plan was made with.
@@ -65,7 +65,7 @@ def run_calibrated(
         raise AfpqError("no blocks to run one after the other; use --method rtn")
     if runner.guided:
         c = calibration
-        store_gradients(Walk(plan, copy.deepcopy(model), c.windows, c.scratch, c.device, c.report), c.seed)
+        store_gradients(FloatModelPass(plan, copy.deepcopy(model), c.windows, c.scratch, c.device, c.report), c.seed)
     runner.capture(finished)
     units = {unit.name: unit for unit in plan.units}
     for unit in plan.units:
@@ -87,7 +87,7 @@ ALONE = BlockCall((), {}, False)  # how an expert is called
 
 
 class _Runner:
-    def __init__(self, plan: Plan, model: PreTrainedModel, calibration: Calibration) -> None:
+    def __init__(self, plan: Plan, model: PreTrainedModel, calibration: CalibrationRun) -> None:
         self.plan, self.recipe, self.model = plan, plan.recipe, model
         self.windows, self.scratch, self.device = calibration.windows, calibration.scratch, calibration.device
         self.all_experts = calibration.all_experts
@@ -128,13 +128,15 @@ class _Runner:
                 capture(self.model, self.blocks, self.windows, write)
         self.blocks = [blocks[name] for name in self.calls]
 
-    def run_head(self, unit: Unit) -> UnitResult:
+    def run_head(self, unit: PlanUnit) -> UnitResult:
         """Quantize the head, from what leaves the last block."""
         (target,) = unit.targets
         last = len(self.blocks)
         streams = [self.states(kind, last) for kind in self.kinds()]
-        weight = self.plan.checkpoint.read_stored(target.stored)
-        moments = head_moments(self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device)
+        weight = self.plan.checkpoint.read_part(target.source)
+        moments = head_second_moments(
+            self.model, self.blocks, self.calls, self.windows, target.module, streams, self.device
+        )
         with named(target.tensor):
             tensors, log = solve_in_parts(weight, moments, target, self.recipe, solve_layer)
         return UnitResult(unit, ((target.prefix + part, tensor) for part, tensor in tensors.items()), [log])
@@ -148,14 +150,14 @@ class _Runner:
     # ---- one block
 
     @torch.no_grad()
-    def run_block(self, index: int, unit: Unit) -> tuple[dict[str, Tensor], list[LayerLog]]:
+    def run_block(self, index: int, unit: PlanUnit) -> tuple[dict[str, Tensor], list[LayerLog]]:
         """Quantize a block and move the hidden states behind it; returns the unit's output tensors."""
         block = self.blocks[index]
         call = self.calls[block.name]
         with named(block.name):
             call = replace(call, args=move(call.args, self.device), kwargs=move(call.kwargs, self.device))
             tensors = {name: self.plan.checkpoint.read(name) for name in unit.tensors}
-            local = {name: stored.of(tensors[stored.tensor]) for name, stored in self._names_inside(block).items()}
+            local = {name: part.of(tensors[part.tensor]) for name, part in self._names_inside(block).items()}
             float_block = materialize(block.module, local, self.device)
             inputs, targets = self.states("quantized", index), self._targets_inside(block, unit)
             note = None
@@ -178,29 +180,29 @@ class _Runner:
             outputs |= {targets[name].prefix + part: t.cpu() for part, t in to_tensors(weight).items()}
         return outputs, [replace(solved[name][1], transform=note) for name in targets]
 
-    def _kept(self, block: Block, real: nn.Module, tensors: dict[str, Tensor], unit: Unit) -> dict[str, Tensor]:
+    def _kept(self, block: Block, real: nn.Module, tensors: dict[str, Tensor], unit: PlanUnit) -> dict[str, Tensor]:
         """The unit's tensors that are not quantized; a transform may have changed the block's parameters."""
         parameters = dict(real.named_parameters()) if METHODS[self.recipe.method].transform is not None else {}
         kept = {name: tensor for name, tensor in tensors.items() if name not in unit.replaced}
-        for name, stored in self._names_inside(block).items():
-            if stored.whole and stored.tensor in kept and name in parameters:
-                value = parameters[name].T if stored.transposed else parameters[name]
-                kept[stored.tensor] = value.to(kept[stored.tensor].dtype).cpu().contiguous()
+        for name, part in self._names_inside(block).items():
+            if part.whole and part.tensor in kept and name in parameters:
+                value = parameters[name].T if part.transposed else parameters[name]
+                kept[part.tensor] = value.to(kept[part.tensor].dtype).cpu().contiguous()
         for piece in unit.pieces:
             value = parameters.get(
-                piece.name.removeprefix(f"{block.name}."), piece.stored.of(tensors[piece.stored.tensor])
+                piece.name.removeprefix(f"{block.name}."), piece.source.of(tensors[piece.source.tensor])
             )
             kept[piece.output] = value.to(piece.spec[0]).cpu().contiguous()
         return kept
 
     def _scale(
         self, block: nn.Module, call: BlockCall, inputs: Activations, targets: dict[str, Target],
-        stored: dict[str, torch.dtype],
+        saved_dtypes: dict[str, torch.dtype],
     ) -> str:  # fmt: skip
         """AWQ's channel scales, in place; what to note of them."""
         schemes = {name: t.scheme for name, t in targets.items()}
         sample = inputs.sample(self.device)
-        ratios = awq_scale(block, call, sample, schemes, stored)
+        ratios = awq_scale(block, call, sample, schemes, saved_dtypes)
         for place, experts in find_experts(block).items():
             routed = routed_batch(block, place, call, sample)
             for number, expert in experts.named_children():
@@ -222,13 +224,13 @@ class _Runner:
             targets = {name: target for name, target in targets.items() if not target.expert}
         inputs = self.states("float", index)
         behind = Activations(gradients_file(self.scratch, index), tuple(inputs.tensor.shape), create=False)
-        return output_moments(block, call, list(targets), inputs, behind, self.device)
+        return output_second_moments(block, call, list(targets), inputs, behind, self.device)
 
-    def _targets_inside(self, block: Block, unit: Unit) -> dict[str, Target]:
+    def _targets_inside(self, block: Block, unit: PlanUnit) -> dict[str, Target]:
         """The unit's targets by their linears' names inside the block."""
         return _below(block.name, {target.module: target for target in unit.targets})
 
-    def _names_inside(self, block: Block) -> dict[str, Stored]:
+    def _names_inside(self, block: Block) -> dict[str, TensorPart]:
         """Parameter's name inside the block -> where it is in the checkpoint."""
         return _below(block.name, self.plan.names)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from afpq.algorithms import with_book
+from afpq.algorithms import with_codebook
 from afpq.algorithms.rtn import quantize_named
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations, batch_size
@@ -46,7 +46,7 @@ def fill_outside(model: PreTrainedModel, blocks: list[Block], plan: Plan, head: 
         if name.startswith(inside) or source not in plan.names or parameter is alone:
             continue
         if source not in values:
-            values[source] = nn.Parameter(plan.checkpoint.read_stored(plan.names[source]).float(), False)
+            values[source] = nn.Parameter(plan.checkpoint.read_part(plan.names[source]).float(), False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, values[source])
 
@@ -67,7 +67,7 @@ def rounded_embedding(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
 
 
 @torch.no_grad()
-def head_moments(
+def head_second_moments(
     model: PreTrainedModel, blocks: list[Block], calls: dict[str, BlockCall], windows: Tensor, head: str,
     streams: list[Activations], device: torch.device,
 ) -> Moments:  # fmt: skip
@@ -121,7 +121,7 @@ def solve_in_parts(
     """
     diagonal = moments.H.diagonal().to(W.device)
     importance = diagonal if bool(diagonal.isfinite().all()) and bool(diagonal.max() > 0) else None
-    scheme = with_grid(W, with_book(W, target.scheme, recipe.search, importance))
+    scheme = with_grid(W, with_codebook(W, target.scheme, recipe.search, importance))
     target = dataclasses.replace(target, scheme=scheme)
     height = max(8, PART // W.shape[1] // 8 * 8)  # whole bytes of zero points
     tensors: dict[str, list[Tensor]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Gram:
+class SecondMoment:
     """The sum of x x^T over tokens x, [in, in]; the tokens themselves while they are fewer than `in`."""
 
     rows: list[Tensor] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Gram:
 
 
 @dataclass
-class Tap:
+class LinearStatistics:
     """What a linear saw: its inputs, and who else reads the same tensor.
 
     `gradient` [out]: sums over tokens of the squared gradients of its outputs; `growth` [windows], float64: sums of
@@ -59,11 +59,11 @@ class Tap:
     asked for.
     """
 
-    gram: Gram
+    gram: SecondMoment
     gradient: Tensor
     growth: Tensor
     readers: tuple[str, ...]
-    outputs: Gram | None = None
+    outputs: SecondMoment | None = None
 
 
 @contextmanager
@@ -79,7 +79,12 @@ def hooked(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) ->
 
 @contextmanager
 def listening(
-    names: list[str], shape: Sequence[int], both: Container[str], taps: dict[str, Tap], block: nn.Module, windows: slice
+    names: list[str],
+    shape: Sequence[int],
+    both: Container[str],
+    taps: dict[str, LinearStatistics],
+    block: nn.Module,
+    windows: slice,
 ) -> Iterator[None]:
     """Inside, what the block's linears `names` read, and what gradients tell of them, is added to `taps`.
 
@@ -87,7 +92,7 @@ def listening(
     """
     seen: list[tuple[str, Tensor]] = []
 
-    def add(tap: Tap, output: Tensor, gradient: Tensor) -> None:
+    def add(tap: LinearStatistics, output: Tensor, gradient: Tensor) -> None:
         gradient = gradient.detach().flatten(0, -2).float()
         tap.gradient += gradient.square().sum(0)
         if tap.outputs is not None:
@@ -101,9 +106,9 @@ def listening(
         seen.append((name, args[0]))
         if name not in taps:
             growth = torch.zeros(shape[0], dtype=torch.float64, device=output.device)
-            gram = Gram() if first is None else first.gram
+            gram = SecondMoment() if first is None else first.gram
             sizes = torch.zeros(output.shape[-1], device=output.device)
-            taps[name] = Tap(gram, sizes, growth, (), Gram() if name in both else None)
+            taps[name] = LinearStatistics(gram, sizes, growth, (), SecondMoment() if name in both else None)
             readers = (*(first.readers if first is not None else ()), name)
             for reader in readers:
                 taps[reader].readers = readers

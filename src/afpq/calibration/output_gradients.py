@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afpq.calibration.backward import Walk, step_back
+from afpq.calibration.backward import FloatModelPass, step_back
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations
-from afpq.calibration.linear_hooks import Gram, hooked
+from afpq.calibration.linear_hooks import SecondMoment, hooked
 
 EXPERTS_BYTES = 2**32  # of moments of gradients, in one block: experts that would need more are solved without
 
 
-def store_gradients(walk: Walk, seed: int) -> None:
+def store_gradients(walk: FloatModelPass, seed: int) -> None:
     """Store the gradients behind every block in the walk's scratch directory, unless they are there.
 
     Raises AfpqError where the architecture predicts no tokens or cannot be run backwards.
@@ -42,7 +42,7 @@ def gradients_file(scratch: Path, index: int) -> Path:
     return scratch / f"gradients-{index}.bin"
 
 
-def output_moments(
+def output_second_moments(
     block: nn.Module, call: BlockCall, names: Sequence[str], inputs: Activations, behind: Activations,
     device: torch.device,
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -51,12 +51,12 @@ def output_moments(
     In the float model: its block, its inputs and the gradients behind. Linears that are not run are left out. G is
     shrunk towards its diagonal by out / (out + tokens), the share of its other elements that chance makes of so few.
     """
-    sums: dict[str, Gram] = {}
+    sums: dict[str, SecondMoment] = {}
     step_back(block, call, inputs, behind, device, partial(_listening, names, sums))
     return {name: _shrunk(gram) for name, gram in sums.items()}
 
 
-def _shrunk(gram: Gram) -> Tensor:
+def _shrunk(gram: SecondMoment) -> Tensor:
     G = gram.matrix()
     diagonal = G.diagonal() / gram.tokens
     G = G / (gram.tokens + len(G))
@@ -65,9 +65,9 @@ def _shrunk(gram: Gram) -> Tensor:
 
 
 @contextmanager
-def _listening(names: Sequence[str], sums: dict[str, Gram], block: nn.Module, _rows: slice) -> Iterator[None]:
+def _listening(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Module, _rows: slice) -> Iterator[None]:
     def add(name: str, gradient: Tensor) -> None:
-        sums.setdefault(name, Gram()).add(gradient.detach().flatten(0, -2).float())
+        sums.setdefault(name, SecondMoment()).add(gradient.detach().flatten(0, -2).float())
 
     def hook(name: str, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from afpq.algorithms.rtn import quantize_named
-from afpq.checkpoint.plan import Piece, Plan, Target, Unit
+from afpq.checkpoint.plan import KeptPart, Plan, PlanUnit, Target
 from afpq.numerics.groups import relative_error
 from afpq.numerics.packing import to_tensors
 from afpq.recipe import Recipe
@@ -47,7 +47,7 @@ class LayerLog:
 class UnitResult:
     """The output tensors of one unit, one at a time, and the logs of its layers (complete once all are taken)."""
 
-    unit: Unit
+    unit: PlanUnit
     tensors: Iterator[tuple[str, Tensor]]
     logs: list[LayerLog]
 
@@ -60,16 +60,18 @@ def run(plan: Plan, finished: Container[str] = ()) -> Iterator[UnitResult]:
             yield UnitResult(unit, unit_tensors(plan, unit, logs), logs)
 
 
-def unit_tensors(plan: Plan, unit: Unit, logs: list[LayerLog], note: str | None = None) -> Iterator[tuple[str, Tensor]]:
+def unit_tensors(
+    plan: Plan, unit: PlanUnit, logs: list[LayerLog], note: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The unit's output tensors, its linears rounded to nearest; `note`: why, where the recipe has another method."""
     for name in unit.tensors:
         if name not in unit.replaced:
             yield name, plan.checkpoint.read(name)
         for part in unit.replaced.get(name, ()):
-            if isinstance(part, Piece):
-                yield part.output, plan.checkpoint.read_stored(part.stored)
+            if isinstance(part, KeptPart):
+                yield part.output, plan.checkpoint.read_part(part.source)
                 continue
-            packed, log = _solve_target(plan.checkpoint.read_stored(part.stored), part, plan.recipe)
+            packed, log = _solve_target(plan.checkpoint.read_part(part.source), part, plan.recipe)
             logs.append(log if note is None else replace(log, method="rtn", note=note))
             yield from ((part.prefix + leaf, value) for leaf, value in packed.items())
             del packed

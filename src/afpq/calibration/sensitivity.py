@@ -32,8 +32,8 @@ from transformers import PreTrainedModel
 
 from afpq.algorithms import SingularHessian, quantize_rtn
 from afpq.algorithms.gptq import factorize
-from afpq.calibration.backward import Listener, Progress, Walk
-from afpq.calibration.linear_hooks import Gram, Tap, listening
+from afpq.calibration.backward import FloatModelPass, Listener, Progress
+from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan, Target
 from afpq.model.blocks import Block
@@ -56,7 +56,7 @@ class GroupLosses:
 
 
 @dataclass(frozen=True)
-class Measuring:
+class SensitivitySettings:
     """How to measure: windows of tokens [count, length], the seed of the text that is drawn, and a device.
 
     `search` is the scale search that the schemes will be used with, `damp` GPTQ's damping where that is the solver;
@@ -83,7 +83,7 @@ def measure_losses(
     model: PreTrainedModel,
     targets: Sequence[Target],
     schemes: Sequence[Scheme],
-    how: Measuring,
+    how: SensitivitySettings,
     scratch: Path,
     progress: Progress | None = None,
 ) -> list[GroupLosses]:
@@ -93,10 +93,10 @@ def measure_losses(
     AfpqError where the architecture cannot be run block by block, forwards or backwards, and for weights, outputs or
     gradients that are NaN or Inf.
     """
-    walk = Walk(plan, copy.deepcopy(model), how.windows, scratch, how.device, progress or (lambda *_: None))
+    walk = FloatModelPass(plan, copy.deepcopy(model), how.windows, scratch, how.device, progress or (lambda *_: None))
     walk.forwards()
     found: list[GroupLosses] = []
-    taps: dict[str, Tap] = {}
+    taps: dict[str, LinearStatistics] = {}
 
     def inside(block: Block) -> dict[str, Target]:
         prefix = f"{block.name}."
@@ -125,7 +125,11 @@ def kind_of_layer(target: Target) -> str:
 
 
 def _block_losses(
-    plan: Plan, targets: Mapping[str, Target], taps: Mapping[str, Tap], schemes: Sequence[Scheme], how: Measuring
+    plan: Plan,
+    targets: Mapping[str, Target],
+    taps: Mapping[str, LinearStatistics],
+    schemes: Sequence[Scheme],
+    how: SensitivitySettings,
 ) -> Iterator[GroupLosses]:
     """The groups of a block; `targets` and `taps` are by names inside it. Alike experts are in one group."""
     kinds: dict[str, dict[str, Target]] = {}
@@ -139,7 +143,7 @@ def _block_losses(
             shares: dict[int, float] = {}  # by Gram: one for all readers of a tensor
             for name in members.keys() & taps.keys():
                 with named(members[name].tensor):
-                    W = plan.checkpoint.read_stored(members[name].stored).to(how.device, torch.float32)
+                    W = plan.checkpoint.read_part(members[name].source).to(how.device, torch.float32)
                     limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
                     gram = taps[name].gram
                     if how.damp is not None and id(gram) not in shares:
@@ -151,7 +155,7 @@ def _block_losses(
             yield GroupLosses(tuple(target.module for target in members.values()), _total(found, how))
 
 
-def _total(found: Sequence[LayerErrors], how: Measuring) -> tuple[float, ...]:
+def _total(found: Sequence[LayerErrors], how: SensitivitySettings) -> tuple[float, ...]:
     """A group's losses, KL a token; at least one text token reached it."""
     scattered = torch.stack([errors.scattered for errors in found]).sum(0)
     common = torch.stack([errors.common for errors in found]).sum(0).square().sum(1)
@@ -172,7 +176,7 @@ class LayerErrors:
         return LayerErrors(share * self.scattered, share * self.common)
 
 
-def left_share(gram: Gram, damp: float, unknown: float) -> float:
+def left_share(gram: SecondMoment, damp: float, unknown: float) -> float:
     """What GPTQ leaves of the squared output error of rounding to nearest, whatever the scheme; `unknown` where too few
     tokens tell.
 
@@ -195,7 +199,7 @@ def left_share(gram: Gram, damp: float, unknown: float) -> float:
     return min(1.0, share.item())
 
 
-def layer_errors(W: Tensor, tap: Tap, schemes: Sequence[Scheme], search: str, limit: int) -> LayerErrors:
+def layer_errors(W: Tensor, tap: LinearStatistics, schemes: Sequence[Scheme], search: str, limit: int) -> LayerErrors:
     """W [out, in] rounded to nearest by each scheme; estimated from `limit` rows.
 
     Rows are drawn in proportion to G_i times the size of their outputs, to which errors are nearly in proportion.

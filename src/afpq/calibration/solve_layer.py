@@ -13,8 +13,8 @@ from torch import Tensor
 from afpq.algorithms import (
     SingularHessian,
     quantize_gptq,
+    quantize_guided,
     quantize_rtn,
-    quantize_two_sided,
     search_clips,
     toward_float_outputs,
 )
@@ -90,7 +90,7 @@ def _solve_on_moments(
         if moments.D is not None and recipe.gptq.float_target:
             wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
         if G is not None:
-            solved, damp = quantize_two_sided(wanted, H, G, target.scheme, recipe.gptq, recipe.search)
+            solved, damp = quantize_guided(wanted, H, G, target.scheme, recipe.gptq, recipe.search)
         else:
             solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
     elif recipe.search == "mse":

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from afpq.checkpoint.quantized_layers import stored_layers
+from afpq.checkpoint.quantized_layers import quantized_layers
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.coverage import kinds_left
-from afpq.numerics.formats import repeated_books
+from afpq.numerics.formats import repeated_codebook_bytes
 
 _BOOK = re.compile(r"^lut:.*(?=-a?sym-g)")
 
@@ -66,20 +66,20 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     files = {info.file for info in checkpoint.tensors.values()}
     file_bytes = sum(file.stat().st_size for file in files)
     keys = checkpoint.config.get("quantization_config")
-    stored = stored_layers(checkpoint, trust_remote_code) if keys else []
-    parts = {name: checkpoint.tensors[name].bytes for layer in stored for name in layer.tensors.values()}
-    ends = tuple(layer.name for layer in stored if layer.end)
-    inside = [layer for layer in stored if not layer.end] or stored
-    quantized = sum(layer.elements for layer in stored)
+    found = quantized_layers(checkpoint, trust_remote_code) if keys else []
+    parts = {name: checkpoint.tensors[name].bytes for layer in found for name in layer.tensors.values()}
+    ends = tuple(layer.name for layer in found if layer.end)
+    inside = [layer for layer in found if not layer.end] or found
+    quantized = sum(layer.elements for layer in found)
     in_layers = sum(layer.elements for layer in inside)
     plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
     total = quantized + sum(info.elements for info in plain.values())
-    formats = [layer.scheme.format for layer in stored]
-    books = sum(format.book_bytes for format in formats) - repeated_books(formats)
+    formats = [layer.scheme.format for layer in found]
+    books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
     every = sum(parts.values()) + sum(info.bytes for info in plain.values()) + books
-    again = repeated_books(layer.scheme.format for layer in inside)
-    bits = sum(layer.bits_per_weight * layer.elements for layer in inside) - 8 * again if stored else 8 * every
-    covered = sum(layer.elements for layer in stored if not layer.end)
+    again = repeated_codebook_bytes(layer.scheme.format for layer in inside)
+    bits = sum(layer.bits_per_weight * layer.elements for layer in inside) - 8 * again if found else 8 * every
+    covered = sum(layer.elements for layer in found if not layer.end)
     left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
     return ModelInfo(
         bits_per_weight=bits / (in_layers or total),
@@ -88,7 +88,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
         quantized_parameters=quantized,
         total_parameters=total,
         file_bytes=file_bytes,
-        layers=[LayerInfo(each.name, str(each.scheme), each.shape, each.bits_per_weight) for each in stored],
+        layers=[LayerInfo(each.name, str(each.scheme), each.shape, each.bits_per_weight) for each in found],
         quantization_config=keys,
         file_bits_per_weight=8 * every / total,
         ends=ends,

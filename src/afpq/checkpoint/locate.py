@@ -13,28 +13,28 @@ from afpq.checkpoint.reader import TensorInfo, read_tensor
 from afpq.errors import AfpqError
 from afpq.model.embedding import AfpqTiedHead
 from afpq.model.linear import PackedModule
-from afpq.model.renamed_tensors import Names
+from afpq.model.renamed_tensors import TensorNames
 from afpq.numerics.packing import layout
 
 
-class Located:
+class TensorLookup:
     """The tensors of a checkpoint by the names of a model, which may differ by the base model's prefix too."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], model: nn.Module, known: Iterable[str] = ()) -> None:
         """`known`: names of the model that are to be taken as they are where the checkpoint has them."""
-        self.names, taken = Names(model), set(known)
+        self.names, taken = TensorNames(model), set(known)
         self.tensors, self.base = tensors, getattr(model, "base_model_prefix", "")
-        self.stored = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
+        self.by_model_name = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
 
     def find(self, name: str) -> str | None:
         """The checkpoint's name of the model's tensor `name`."""
         found = self.full(name)
-        return None if found is None else self.stored[found]
+        return None if found is None else self.by_model_name[found]
 
     def full(self, name: str) -> str | None:
         """`name` with the base model's prefix, or without, as the checkpoint would have it."""
         candidates = (name, f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
-        return next((n for n in candidates if n in self.stored), None)
+        return next((n for n in candidates if n in self.by_model_name), None)
 
     def differ(self, name: str, other: str) -> bool:
         """Whether the checkpoint holds both of the model's tensors, and not the same values. Raises as `read` does."""
@@ -56,7 +56,7 @@ class Located:
         return found
 
 
-def saved_name(name: str, located: Located) -> str:
+def saved_name(name: str, located: TensorLookup) -> str:
     """The name that patterns of the config mean: with the base model's prefix, also where the head is not loaded."""
     for part in ("weight", "qweight"):
         found = located.full(f"{name}.{part}")
@@ -65,7 +65,7 @@ def saved_name(name: str, located: Located) -> str:
     return name
 
 
-def check_headers(model: PreTrainedModel, located: Located) -> None:
+def check_headers(model: PreTrainedModel, located: TensorLookup) -> None:
     """Every tensor of every packed module is in the checkpoint, with its dtype and shape; else AfpqError names it."""
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):

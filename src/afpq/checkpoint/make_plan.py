@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from afpq.checkpoint.locate import Located
-from afpq.checkpoint.plan import HEAD, OUTSIDE, Piece, Plan, Target, Unit
+from afpq.checkpoint.locate import TensorLookup
+from afpq.checkpoint.plan import HEAD, OUTSIDE, KeptPart, Plan, PlanUnit, Target
 from afpq.checkpoint.reader import FLOATS, Checkpoint
 from afpq.errors import AfpqError
 from afpq.model.blocks import TransposedLinear, find_blocks, find_linears
-from afpq.model.embedding_and_head import Ends, settle_recipe
+from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe
 from afpq.model.experts import AfpqExperts, all_or_none, find_experts
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import layout
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe
@@ -35,7 +35,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
         raise AfpqError(
             f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model{hint}"
         )
-    located, experts = Located(checkpoint.tensors, model, model.state_dict()), find_experts(model)
+    located, experts = TensorLookup(checkpoint.tensors, model, model.state_dict()), find_experts(model)
     names = _tensor_names(checkpoint, model, located, experts)
     recipe, ends = settle_recipe(model, recipe, located.differ)
     linears = find_linears(model)
@@ -49,9 +49,9 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     targets: list[Target] = []
     kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module, linear in linears:
-        scheme, stored = recipe.scheme_for(module), names.get(f"{module}.weight")
-        if scheme is not None and stored is not None:
-            target = _target(checkpoint, module, linear, stored, scheme)
+        scheme, source = recipe.scheme_for(module), names.get(f"{module}.weight")
+        if scheme is not None and source is not None:
+            target = _target(checkpoint, module, linear, source, scheme)
             targets.append(replace(target, expert=module.startswith(routed)))
             kept.discard(module)
     ends_found, head = _end_targets(checkpoint, model, located, ends, recipe)
@@ -82,28 +82,28 @@ def _left_experts(experts: dict[str, AfpqExperts], recipe: Recipe) -> list[str]:
     return [name for name in experts if not all_or_none(name, chosen(name))]
 
 
-def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, stored: Stored, scheme: Scheme) -> Target:
+def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, source: TensorPart, scheme: Scheme) -> Target:
     rows, columns = layer.get_parameter("weight").shape
-    info, expected = checkpoint.tensors[stored.tensor], (rows, columns)
+    info, expected = checkpoint.tensors[source.tensor], (rows, columns)
     try:
-        shape = tuple(stored.of(torch.empty(info.shape, device="meta")).shape)
+        shape = tuple(source.of(torch.empty(info.shape, device="meta")).shape)
     except IndexError:
         shape = info.shape
     if shape != expected:
-        raise AfpqError(f"{info.file}: tensor {stored.tensor} has shape {info.shape}; the config says {expected}")
+        raise AfpqError(f"{info.file}: tensor {source.tensor} has shape {info.shape}; the config says {expected}")
     if info.dtype not in FLOATS:
-        raise AfpqError(f"{info.file}: tensor {stored.tensor} is {info.dtype}; expected float32, bfloat16 or float16")
-    return Target(module, stored, scheme, expected, _prefix(module, stored))
+        raise AfpqError(f"{info.file}: tensor {source.tensor} is {info.dtype}; expected float32, bfloat16 or float16")
+    return Target(module, source, scheme, expected, _prefix(module, source))
 
 
-def _prefix(module: str, stored: Stored) -> str:
+def _prefix(module: str, source: TensorPart) -> str:
     """What a module's tensors are called in the output: as in the checkpoint, but experts get names of their own."""
-    parent = stored.tensor.rpartition(".")[0]
-    return f"{parent}." if stored.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
+    parent = source.tensor.rpartition(".")[0]
+    return f"{parent}." if source.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
 
 
 def _end_targets(
-    checkpoint: Checkpoint, model: nn.Module, located: Located, ends: Ends, recipe: Recipe
+    checkpoint: Checkpoint, model: nn.Module, located: TensorLookup, ends: EmbeddingAndHead, recipe: Recipe
 ) -> tuple[list[Target], str | None]:
     """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
     targets: list[Target] = []
@@ -117,13 +117,13 @@ def _end_targets(
             raise AfpqError(
                 f"{checkpoint.directory}: {module}.weight is not stored under this name; it cannot be quantized"
             )
-        targets.append(_target(checkpoint, module, model.get_submodule(module), Stored(tensor), scheme))
+        targets.append(_target(checkpoint, module, model.get_submodule(module), TensorPart(tensor), scheme))
     return targets, head
 
 
 def _tensor_names(
-    checkpoint: Checkpoint, model: PreTrainedModel, located: Located, experts: dict[str, AfpqExperts]
-) -> dict[str, Stored]:
+    checkpoint: Checkpoint, model: PreTrainedModel, located: TensorLookup, experts: dict[str, AfpqExperts]
+) -> dict[str, TensorPart]:
     """Name in the model -> where it is in the checkpoint.
 
     A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors the model does not know:
@@ -133,39 +133,41 @@ def _tensor_names(
     wanted = [name for name in model.state_dict() if name not in tied]
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TransposedLinear)}
     found = {
-        name: Stored(tensor, transposed=name in turned) for name in wanted if (tensor := located.find(name)) is not None
+        name: TensorPart(tensor, transposed=name in turned)
+        for name in wanted
+        if (tensor := located.find(name)) is not None
     }
     for place, module in experts.items():
         found = _fused_names(place, module, located) | found
     absent = set(wanted) - set(found)
     missing = [name for name, _ in model.named_parameters() if name in absent]
-    if missing and len({stored.tensor for stored in found.values()}) == len(checkpoint.tensors):
+    if missing and len({source.tensor for source in found.values()}) == len(checkpoint.tensors):
         raise AfpqError(f"{checkpoint.directory}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
     return found
 
 
-def _fused_names(place: str, experts: AfpqExperts, located: Located) -> dict[str, Stored]:
+def _fused_names(place: str, experts: AfpqExperts, located: TensorLookup) -> dict[str, TensorPart]:
     """Where the weights and biases of experts are, if the checkpoint holds all of a layer in one tensor."""
     found = {}
-    for linear, kind, stored in experts.form.parts():
-        fused = located.find(f"{place}.{stored.tensor}")
+    for linear, kind, source in experts.form.parts():
+        fused = located.find(f"{place}.{source.tensor}")
         if fused is not None:
-            found[f"{place}.{linear}.{kind}"] = replace(stored, tensor=fused)
+            found[f"{place}.{linear}.{kind}"] = replace(source, tensor=fused)
     return found
 
 
 def _units(
-    checkpoint: Checkpoint, model: nn.Module, names: dict[str, Stored], targets: list[Target], head: str | None
-) -> tuple[Unit, ...]:
+    checkpoint: Checkpoint, model: nn.Module, names: dict[str, TensorPart], targets: list[Target], head: str | None
+) -> tuple[PlanUnit, ...]:
     """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix.
 
     `head` is the tensor of a head to be quantized: the last unit, or dropped where it repeats a tied embedding.
     """
-    module_names = {stored.tensor: name for name, stored in names.items()}
+    module_names = {source.tensor: name for name, source in names.items()}
     blocks = [block.name for block in find_blocks(model)]
     members: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *blocks)}
     known = set(blocks)
-    members[HEAD] = [target.stored.tensor for target in targets if target.stored.tensor == head]
+    members[HEAD] = [target.source.tensor for target in targets if target.source.tensor == head]
     for tensor in checkpoint.tensors:
         if tensor == head:
             continue
@@ -174,24 +176,24 @@ def _units(
         members[next((parent for parent in parents if parent in known), OUTSIDE)].append(tensor)
     replaced = _replaced(checkpoint, names, targets)
     return tuple(
-        Unit(name, tuple(tensors), {t: replaced[t] for t in tensors if t in replaced})
+        PlanUnit(name, tuple(tensors), {t: replaced[t] for t in tensors if t in replaced})
         for name, tensors in members.items()
         if tensors
     )
 
 
 def _replaced(
-    checkpoint: Checkpoint, names: dict[str, Stored], targets: list[Target]
-) -> dict[str, tuple[Target | Piece, ...]]:
+    checkpoint: Checkpoint, names: dict[str, TensorPart], targets: list[Target]
+) -> dict[str, tuple[Target | KeptPart, ...]]:
     """What takes the place of each tensor that is not kept as it is."""
-    parts: dict[str, list[Target | Piece]] = {}
+    parts: dict[str, list[Target | KeptPart]] = {}
     for target in targets:
-        parts.setdefault(target.stored.tensor, []).append(target)
+        parts.setdefault(target.source.tensor, []).append(target)
         name = f"{target.module}.bias"
         bias = names.get(name)
         if bias is not None and not bias.whole:
             info = checkpoint.tensors[bias.tensor]
-            piece = Piece(name, bias, f"{target.prefix}bias", (info.dtype, target.shape[:1]))
+            piece = KeptPart(name, bias, f"{target.prefix}bias", (info.dtype, target.shape[:1]))
             parts.setdefault(bias.tensor, []).append(piece)
     for tensor, members in parts.items():
         info = checkpoint.tensors[tensor]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from afpq.checkpoint.reader import Checkpoint
-from afpq.model.embedding_and_head import NO_ENDS, Ends
-from afpq.model.tensor_part import Stored
-from afpq.numerics.formats import repeated_books
-from afpq.numerics.packing import Spec, layout, spec_bytes, stored_bytes
+from afpq.model.embedding_and_head import NO_ENDS, EmbeddingAndHead
+from afpq.model.tensor_part import TensorPart
+from afpq.numerics.formats import repeated_codebook_bytes
+from afpq.numerics.packing import Spec, layout, packed_bytes, spec_bytes
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe, exactly
 
@@ -32,7 +32,7 @@ class Target:
     """
 
     module: str
-    stored: Stored
+    source: TensorPart
     scheme: Scheme
     shape: tuple[int, int]
     prefix: str
@@ -50,21 +50,21 @@ class Target:
     @property
     def bytes(self) -> int:
         """Bytes of all its output tensors, and of a book of its own."""
-        return stored_bytes(self.scheme, *self.shape)
+        return packed_bytes(self.scheme, *self.shape)
 
 
 @dataclass(frozen=True)
-class Piece:
+class KeptPart:
     """A part of a tensor that is kept under a name of its own, such as an expert's bias; `name` is the model's."""
 
     name: str
-    stored: Stored
+    source: TensorPart
     output: str
     spec: Spec
 
 
 @dataclass(frozen=True)
-class Unit:
+class PlanUnit:
     """Tensors handled together: a block, what stands outside of all blocks, or the head.
 
     `replaced` tells what takes the place of a tensor of the checkpoint; tensors not in it are kept as they are.
@@ -72,15 +72,15 @@ class Unit:
 
     name: str
     tensors: tuple[str, ...]
-    replaced: dict[str, tuple[Target | Piece, ...]]
+    replaced: dict[str, tuple[Target | KeptPart, ...]]
 
     @property
     def targets(self) -> list[Target]:
         return [part for parts in self.replaced.values() for part in parts if isinstance(part, Target)]
 
     @property
-    def pieces(self) -> list[Piece]:
-        return [part for parts in self.replaced.values() for part in parts if isinstance(part, Piece)]
+    def pieces(self) -> list[KeptPart]:
+        return [part for parts in self.replaced.values() for part in parts if isinstance(part, KeptPart)]
 
     @property
     def in_blocks(self) -> bool:
@@ -93,10 +93,10 @@ class Plan:
 
     checkpoint: Checkpoint
     recipe: Recipe
-    units: tuple[Unit, ...]
+    units: tuple[PlanUnit, ...]
     kept: tuple[str, ...]  # names of the linears left as they are
-    names: dict[str, Stored]  # name of a tensor in the model -> where it is in the checkpoint
-    ends: Ends = NO_ENDS
+    names: dict[str, TensorPart]  # name of a tensor in the model -> where it is in the checkpoint
+    ends: EmbeddingAndHead = NO_ENDS
 
     @property
     def targets(self) -> list[Target]:
@@ -120,7 +120,7 @@ class Plan:
         """Name -> (dtype, shape) of every tensor of the output, in order."""
         return {name: spec for unit in self.units for name, spec in self.unit_outputs(unit).items()}
 
-    def unit_outputs(self, unit: Unit) -> dict[str, Spec]:
+    def unit_outputs(self, unit: PlanUnit) -> dict[str, Spec]:
         """The same of one unit."""
         tensors: dict[str, Spec] = {}
         for name in unit.tensors:
@@ -128,7 +128,7 @@ class Plan:
                 info = self.checkpoint.tensors[name]
                 tensors[name] = (info.dtype, info.shape)
             for part in unit.replaced.get(name, ()):
-                if isinstance(part, Piece):
+                if isinstance(part, KeptPart):
                     tensors[part.output] = part.spec
                 else:
                     specs = layout(part.scheme, *part.shape)
@@ -147,20 +147,20 @@ class Plan:
     def bits_per_weight(self) -> float:
         """True bits of a quantized weight of the blocks, or of the ends where there is no other."""
         targets = self.block_targets or self.targets
-        stored = sum(t.bytes for t in targets) - repeated_books(t.scheme.format for t in targets)
-        return 8 * stored / sum(t.elements for t in targets)
+        packed = sum(t.bytes for t in targets) - repeated_codebook_bytes(t.scheme.format for t in targets)
+        return 8 * packed / sum(t.elements for t in targets)
 
     @property
     def file_bits_per_weight(self) -> float:
         """Bits of everything that is saved, over the weights of the original."""
         formats = [target.scheme.format for target in self.targets]
-        books = sum(format.book_bytes for format in formats) - repeated_books(formats)
+        books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
         return 8 * (self.output_bytes + books) / sum(info.elements for info in self.checkpoint.tensors.values())
 
     def with_schemes(self, schemes: Mapping[str, Scheme]) -> Plan:
         """The plan that has these schemes, by module, in place of its own; tensors stay as they were planned."""
 
-        def changed(part: Target | Piece) -> Target | Piece:
+        def changed(part: Target | KeptPart) -> Target | KeptPart:
             return replace(part, scheme=schemes.get(part.module, part.scheme)) if isinstance(part, Target) else part
 
         units = tuple(
@@ -188,7 +188,7 @@ class Plan:
         }
 
 
-def settled_recipe(recipe: Recipe, ends: Ends, schemes: Mapping[str, Scheme]) -> Recipe:
+def settled_recipe(recipe: Recipe, ends: EmbeddingAndHead, schemes: Mapping[str, Scheme]) -> Recipe:
     """The recipe that gives each of these modules its scheme: linears by name, before all patterns, and the ends."""
     table = schemes.get(ends.embedding or "", recipe.embedding)
     head = table if ends.tied else schemes.get(ends.head or "", recipe.lm_head)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from afpq.checkpoint.locate import Located
+from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json
 from afpq.checkpoint.reader import Checkpoint
 from afpq.errors import AfpqError
@@ -15,13 +15,13 @@ from afpq.model.blocks import TransposedLinear
 from afpq.model.embedding_and_head import saved_ends
 from afpq.model.experts import find_experts
 from afpq.model.skeleton import build_skeleton
-from afpq.numerics.packing import layout, stored_bytes
+from afpq.numerics.packing import layout, packed_bytes
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import is_kept
 
 
 @dataclass(frozen=True)
-class StoredLayer:
+class QuantizedLayer:
     """A quantized linear: the module's name, its scheme, [out, in], and its tensors in the checkpoint by part.
 
     `end`: it is the output head or the embedding. `transposed`: an unquantized model stores the weight as [in, out].
@@ -43,10 +43,10 @@ class StoredLayer:
     @property
     def bits_per_weight(self) -> float:
         """True bits of one weight: codes, scales and zero points, and its code book where that is written out."""
-        return 8 * stored_bytes(self.scheme, *self.shape) / self.elements
+        return 8 * packed_bytes(self.scheme, *self.shape) / self.elements
 
 
-def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[StoredLayer]:
+def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[QuantizedLayer]:
     """The quantized linears and ends of a checkpoint, in the model's order: those its config does not say were kept.
 
     Raises AfpqError for a checkpoint that is not quantized or by another tool, and for a tensor that is missing or
@@ -59,7 +59,7 @@ def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> li
         raise AfpqError(f"{checkpoint.directory}: quantized by {keys.get('quant_method')!r}, not by {QUANT_METHOD}")
     recipe, kept = config_from_json(keys)
     model = build_skeleton(checkpoint.directory, trust_remote_code)
-    located = Located(checkpoint.tensors, model)
+    located = TensorLookup(checkpoint.tensors, model)
     ends = saved_ends(model, lambda name: located.find(name) is not None)
     chosen = ends.schemes(recipe)
     # Where Transformers merges no experts, files hold them in 3-D tensors.
@@ -78,5 +78,5 @@ def stored_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> li
             part: located.require(f"{name}.{part}", *spec) for part, spec in layout(scheme, rows, columns).items()
         }
         turned, in_one = isinstance(module, TransposedLinear), name.startswith(split)
-        layers.append(StoredLayer(name, scheme, (rows, columns), tensors, name in chosen, turned, in_one))
+        layers.append(QuantizedLayer(name, scheme, (rows, columns), tensors, name in chosen, turned, in_one))
     return layers

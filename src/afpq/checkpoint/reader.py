@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("bin", "pt", "pth", "ckpt", "pkl", "pickle")  # never opened
@@ -65,29 +65,29 @@ class Checkpoint:
         """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
         return read_tensor(self.tensors[name], name)
 
-    def read_stored(self, stored: Stored) -> Tensor:
+    def read_part(self, part: TensorPart) -> Tensor:
         """A tensor of the model, in memory of its own; of a part no more than its expert is read. Raises as `read`."""
-        if stored.expert is None:
-            return stored.of(self.read(stored.tensor)).contiguous()
-        info = self.tensors[stored.tensor]
+        if part.expert is None:
+            return part.of(self.read(part.tensor)).contiguous()
+        info = self.tensors[part.tensor]
         try:
             with safe_open(info.file, "pt") as file:
-                expert = file.get_slice(stored.tensor)[stored.expert]
+                expert = file.get_slice(part.tensor)[part.expert]
         except (OSError, SafetensorError) as error:
-            raise AfpqError(f"{info.file}: cannot read tensor {stored.tensor}: {error}") from None
-        return replace(stored, expert=None).of(expert).clone().contiguous()
+            raise AfpqError(f"{info.file}: cannot read tensor {part.tensor}: {error}") from None
+        return replace(part, expert=None).of(expert).clone().contiguous()
 
-    def read_rows(self, stored: Stored, rows: Sequence[int]) -> Tensor:
+    def read_rows(self, part: TensorPart, rows: Sequence[int]) -> Tensor:
         """Some rows of a matrix, [len(rows), in]; nothing else is read of one stored as it is. Raises as `read`."""
-        if stored != Stored(stored.tensor):
-            return self.read_stored(stored)[list(rows)]
-        info = self.tensors[stored.tensor]
+        if part != TensorPart(part.tensor):
+            return self.read_part(part)[list(rows)]
+        info = self.tensors[part.tensor]
         try:
             with safe_open(info.file, "pt") as file:
-                matrix = file.get_slice(stored.tensor)
+                matrix = file.get_slice(part.tensor)
                 return torch.cat([matrix[row : row + 1] for row in rows])
         except (OSError, SafetensorError) as error:
-            raise AfpqError(f"{info.file}: cannot read tensor {stored.tensor}: {error}") from None
+            raise AfpqError(f"{info.file}: cannot read tensor {part.tensor}: {error}") from None
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template, licence: files to copy beside new weights."""

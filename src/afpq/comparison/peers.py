@@ -43,10 +43,10 @@ class Peer:
 def _bitsandbytes(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, int]:
     functional: Any = import_module("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
-    stored = packed.nbytes + state.absmax.nbytes
+    size = packed.nbytes + state.absmax.nbytes
     if state.nested:
-        stored += state.state2.absmax.nbytes + state.offset.nbytes
-    return functional.dequantize_4bit(packed, state), stored
+        size += state.state2.absmax.nbytes + state.offset.nbytes
+    return functional.dequantize_4bit(packed, state), size
 
 
 def _hqq(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
@@ -57,8 +57,8 @@ def _hqq(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
     )
     halves = {name: meta[name].half() for name in ("scale", "zero")}
     meta |= {name: half.float() for name, half in halves.items()}
-    stored = packed.nbytes + sum(half.nbytes for half in halves.values())
-    return quantizer.dequantize(packed, meta).view(weight.shape), stored
+    size = packed.nbytes + sum(half.nbytes for half in halves.values())
+    return quantizer.dequantize(packed, meta).view(weight.shape), size
 
 
 def _torchao(weight: Tensor, group: int) -> tuple[Tensor, int]:
@@ -109,8 +109,8 @@ def approximate(peer: Peer, name: str, weight: Tensor) -> tuple[Tensor, int]:
     if weight.shape[-1] % peer.multiple:
         raise AfpqError(f"{name}: {peer.package} {peer.scheme} cannot divide rows of {weight.shape[-1]} into groups")
     try:
-        back, stored = peer.approximate(weight.float().contiguous())
+        back, size = peer.approximate(weight.float().contiguous())
     except Exception as error:  # other people's code raises what it likes
         reason = " ".join(str(error).split())[:200]
         raise AfpqError(f"{name}: {peer.package} {peer.scheme} failed: {type(error).__name__}: {reason}") from None
-    return back.to(weight.dtype), stored
+    return back.to(weight.dtype), size

@@ -39,7 +39,7 @@ from afpq.comparison.speed import compare_speed
 from afpq.comparison.tasks import Agenda, Question, Task
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model
-from afpq.evaluation.perplexity import Measured, logits_of, measure
+from afpq.evaluation.perplexity import TokenScores, logits_of, measure
 from afpq.jobs.execute import LOG_NAME, execute
 from afpq.jobs.prepare import Job
 from afpq.model.blocks import find_linears
@@ -200,25 +200,25 @@ class Comparison:
         infos, targets = self.agenda.first.plan.checkpoint.tensors, self.agenda.first.plan.targets
         model = load_model(self.question.model, self.question.trust_remote_code)
         unfuse(model)
-        linears, errors, stored = dict(find_linears(model)), [], 0
+        linears, errors, packed = dict(find_linears(model)), [], 0
         start = time.perf_counter()
         for index, target in enumerate(targets):
             step("quantizing", 0.6 * index / len(targets))
             weight = linears[target.module].weight
             back, size = approximate(peer, target.module, weight)
-            stored += size
+            packed += size
             errors.append(LayerError(target.module, _relative_error(weight, back)))
             weight.data = back
         seconds = time.perf_counter() - start
         seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
         elements = sum(target.elements for target in targets)
         files = sum(file.stat().st_size for file in {info.file for info in infos.values()})
-        size = files - sum(infos[t.stored.tensor].dtype.itemsize * t.elements for t in targets) + stored
+        size = files - sum(infos[t.source.tensor].dtype.itemsize * t.elements for t in targets) + packed
         coverage = self.agenda.first.plan.coverage
-        return _result(cell, seen, 8 * stored / elements, coverage, size, seconds=seconds, layers=tuple(errors))
+        return _result(cell, seen, 8 * packed / elements, coverage, size, seconds=seconds, layers=tuple(errors))
 
 
-def _result(cell: Cell, seen: Measured, bits: float, coverage: float, file_bytes: int, **others: Any) -> Result:
+def _result(cell: Cell, seen: TokenScores, bits: float, coverage: float, file_bytes: int, **others: Any) -> Result:
     divergences = () if seen.divergences is None else tuple(seen.divergences.mean(1).tolist())
     losses = tuple(seen.losses.mean(1).tolist())
     return Result(cell, bits, coverage, file_bytes, seen.evaluation(), losses, divergences, **others)
@@ -286,6 +286,6 @@ def asymmetries(agenda: Agenda, results: Sequence[Result]) -> list[Asymmetry]:
     checkpoint = agenda.first.plan.checkpoint
     schemes = [result.cell.ours for result in results]
     sizes = sorted({scheme.group_size for scheme in schemes if scheme is not None}, key=lambda size: (size == -1, size))
-    places = [target.stored for target in spread(agenda.first.plan.targets, SAMPLED_LAYERS)]
-    weights = [some_rows(checkpoint.read_stored(place), SAMPLED_ROWS).float() for place in places]
+    places = [target.source for target in spread(agenda.first.plan.targets, SAMPLED_LAYERS)]
+    weights = [some_rows(checkpoint.read_part(place), SAMPLED_ROWS).float() for place in places]
     return [asymmetry(weights, size) for size in sizes]

@@ -231,14 +231,14 @@ def _kind(name: str) -> str:
 
 
 def _true_bits(targets: Sequence[Target], scheme: Scheme) -> float:
-    stored = sum(spec_bytes(spec) for t in targets for spec in layout(scheme, *t.shape).values())
-    return 8 * stored / sum(t.elements for t in targets)
+    packed = sum(spec_bytes(spec) for t in targets for spec in layout(scheme, *t.shape).values())
+    return 8 * packed / sum(t.elements for t in targets)
 
 
 def _look_at(checkpoint: Checkpoint, target: Target, kind: str, settings: InspectSettings, seed: int) -> LayerFigures:
     count = settings.rows or -(-SAMPLE // target.shape[1])
     rows = _sample(target.shape[0], min(count, target.shape[0]), seed)
-    weight = checkpoint.read_rows(target.stored, rows).float()
+    weight = checkpoint.read_rows(target.source, rows).float()
     try:
         asymmetry, one_sided = lopsidedness(weight, settings.schemes[0])
         errors = {}

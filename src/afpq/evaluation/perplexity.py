@@ -61,7 +61,7 @@ def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TokenScores:
     """What was seen at each predicted token, float64 [windows, length - 1] on the CPU: the negative log-likelihood, and
     with a reference the KL divergence from it and whether (1 or 0) both rate the same token highest.
     """
@@ -107,7 +107,7 @@ def measure(
     windows: Tensor,
     reference: Iterable[Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Measured:
+) -> TokenScores:
     """Run the model on token windows [count, length].
 
     `reference` gives a reference model's logits of each window in the same order (`logits_of`, or a list of them kept).
@@ -129,8 +129,8 @@ def measure(
         if progress is not None:
             progress(index + 1, len(windows))
     if others is None:
-        return Measured(torch.stack(losses))
-    return Measured(torch.stack(losses), torch.stack(divergences), torch.stack(agreements))
+        return TokenScores(torch.stack(losses))
+    return TokenScores(torch.stack(losses), torch.stack(divergences), torch.stack(agreements))
 
 
 def _mean_and_error(samples: Tensor) -> tuple[float, float]:

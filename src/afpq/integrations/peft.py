@@ -107,9 +107,9 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
             if up.bias is not None and bias is not None:
                 bias = bias + scaling * up.bias
         if self.merge_target.requantize:
-            stored = requantized(packed.quantized_weight(), base + change)
-            self.merge_error = _ratio(stored.dequantize() - base - change, change)
-            self.base_layer = AfpqLinear.from_weight(stored, bias)
+            rounded = requantized(packed.quantized_weight(), base + change)
+            self.merge_error = _ratio(rounded.dequantize() - base - change, change)
+            self.base_layer = AfpqLinear.from_weight(rounded, bias)
         else:
             self.merge_error = None
             self.base_layer = float_linear((base + change).to(self.merge_target.dtype), bias)
@@ -212,7 +212,7 @@ def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     """
     kept = QuantizedWeight(encode(weight, old.scales, old.scheme), old.scales, old.scheme)
     searched = quantize_rtn(weight, replace(old.scheme, grid=None), "mse")
-    return min(kept, searched, key=lambda stored: (stored.dequantize() - weight).square().sum().item())
+    return min(kept, searched, key=lambda rounded: (rounded.dequantize() - weight).square().sum().item())
 
 
 def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

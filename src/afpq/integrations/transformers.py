@@ -25,7 +25,7 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from afpq.algorithms.rtn import quantize_named
-from afpq.checkpoint.locate import Located, check_headers, saved_name
+from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
@@ -35,11 +35,11 @@ from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
 from afpq.model.embedding import AfpqEmbedding
-from afpq.model.embedding_and_head import Ends, saved_ends, settle_recipe
+from afpq.model.embedding_and_head import EmbeddingAndHead, saved_ends, settle_recipe
 from afpq.model.experts import AfpqExperts, find_experts
 from afpq.model.linear import AfpqLinear, PackedModule
 from afpq.model.packed_modules import convertible, spare_initialization, swap_ends, swap_matrices, waits_to_be_quantized
-from afpq.model.renamed_tensors import Merge
+from afpq.model.renamed_tensors import ExpertMerge
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
@@ -116,7 +116,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self.failures: list[AfpqError] = []
-        self.merges: list[Merge] = []
+        self.merges: list[ExpertMerge] = []
         if self.quantization_config.dequantize and not self.pre_quantized:
             raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
@@ -127,7 +127,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise AfpqError(f"{other}: a quantized model is read from safetensors only")
         self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # for the card to push
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
-        located = Located(headers, model)
+        located = TensorLookup(headers, model)
         recipe, ends = self._settle(model, recipe, located)
         schemes = ends.schemes(recipe)
 
@@ -156,7 +156,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
             self.quantization_config.__dict__.update(ends_to_json(recipe))
 
-    def _settle(self, model: PreTrainedModel, recipe: Recipe, located: Located) -> tuple[Recipe, Ends]:
+    def _settle(self, model: PreTrainedModel, recipe: Recipe, located: TensorLookup) -> tuple[Recipe, EmbeddingAndHead]:
         """The recipe with its schemes of the ends, and the ends: tied unless the checkpoint has them apart."""
         if not self.pre_quantized:
             return settle_recipe(model, recipe, located.differ)
@@ -196,8 +196,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """Where experts lie elsewhere in the files, and Transformers' own table would only rename what it merges."""
-        moved = {(m.stored, m.merged) for m in self.merges if m.stored != m.merged} if self.pre_quantized else set()
-        return [WeightRenaming(f"{stored}.", f"{merged}.") for stored, merged in sorted(moved)]
+        moved = {(m.in_files, m.merged) for m in self.merges if m.in_files != m.merged} if self.pre_quantized else set()
+        return [WeightRenaming(f"{in_files}.", f"{merged}.") for in_files, merged in sorted(moved)]
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -271,9 +271,9 @@ def _parts(module: nn.Module, name: str, leaf: str, weight: Tensor) -> Iterator[
         conv1d = isinstance(module, AfpqLinear) and module.conv1d
         yield name, weight.T if conv1d else weight, "weight"
         return
-    for linear, kind, stored in module.form.parts():
-        if stored.tensor == leaf:
-            yield f"{name}.{linear}", stored.of(weight), kind
+    for linear, kind, part in module.form.parts():
+        if part.tensor == leaf:
+            yield f"{name}.{linear}", part.of(weight), kind
 
 
 def _headers_of(file: str) -> dict[str, TensorInfo]:

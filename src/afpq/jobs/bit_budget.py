@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from afpq.calibration.backward import Progress
-from afpq.calibration.sensitivity import GroupLosses, Measuring, kind_of_layer, measure_losses
+from afpq.calibration.sensitivity import GroupLosses, SensitivitySettings, kind_of_layer, measure_losses
 from afpq.checkpoint.atomic_files import digest_value, write_json
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.reader import read_json
@@ -86,7 +86,7 @@ class Choice:
         return {layer: scheme for group, scheme in zip(self.groups, self.schemes) for layer in group.layers}
 
     def to_json(self) -> dict[str, Any]:
-        """What is kept beside a result; `stored_losses` reads it."""
+        """What is kept beside a result; `read_losses` reads it."""
         return {
             **_losses_json(self.budget.candidates, self.groups, self.key),
             "bits_per_weight": self.budget.bits_per_weight,
@@ -249,13 +249,18 @@ def _any(patterns: Sequence[str]) -> str:
 
 
 def settle_budget(
-    plan: Plan, model: PreTrainedModel, budget: Budget, how: Measuring, file: Path | None, progress: Progress | None
+    plan: Plan,
+    model: PreTrainedModel,
+    budget: Budget,
+    how: SensitivitySettings,
+    file: Path | None,
+    progress: Progress | None,
 ) -> Choice:
     """Measure, unless `file` holds the same measured before, keep it there, and choose."""
     check_budget(plan, budget)
     key = _key(plan, budget, how)
     free = free_targets(plan)
-    groups = None if file is None else stored_losses(file, key)
+    groups = None if file is None else read_losses(file, key)
     if groups is not None and not _fits(groups, free, budget):
         raise AfpqError(f"{file}: does not hold these layers and candidates; remove it")
     if groups is None:
@@ -271,7 +276,7 @@ def settle_budget(
     return choose_schemes(plan, budget, groups, key)
 
 
-def stored_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
+def read_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
     """What `file` holds, if it was measured on the same; None if there is no such file.
 
     Raises AfpqError for a file of something else.
@@ -309,7 +314,7 @@ def _losses_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], ke
     }
 
 
-def _key(plan: Plan, budget: Budget, how: Measuring) -> dict[str, str]:
+def _key(plan: Plan, budget: Budget, how: SensitivitySettings) -> dict[str, str]:
     """Everything that decides the losses; the number of bits does not."""
     recipe = plan.recipe
     return {

@@ -137,8 +137,8 @@ def read_format(checkpoint: Checkpoint, weight: BnbWeight) -> tuple[Format, Tens
     Ours ascend and have one zero; fp4 of bitsandbytes has codes in another order, and -0. Its values are told in 9
     digits, which float32 needs at most.
     """
-    stored = checkpoint.read(f"{weight.tensor}.quant_map")
-    values, codes = torch.unique(stored + 0.0, sorted=True, return_inverse=True)  # + 0.0 turns -0.0 into 0.0
+    table = checkpoint.read(f"{weight.tensor}.quant_map")
+    values, codes = torch.unique(table + 0.0, sorted=True, return_inverse=True)  # + 0.0 turns -0.0 into 0.0
     nf4 = FORMATS["nf4"]
     if torch.equal(values, torch.tensor(nf4.values)):
         return nf4, codes.to(torch.uint8)
@@ -162,7 +162,7 @@ def read_weight(checkpoint: Checkpoint, weight: BnbWeight, scheme: Scheme) -> Qu
     if scheme.format.has_zero and bool(empty.any()):
         codes[empty.repeat_interleave(weight.group_size, -1)] = scheme.format.values.index(0.0)
         scales = torch.where(empty, 1.0, scales)
-    stored = scales.to(getattr(torch, scheme.scale_dtype))
-    if not bool(torch.isfinite(stored).all()):
+    saved = scales.to(getattr(torch, scheme.scale_dtype))
+    if not bool(torch.isfinite(saved).all()):
         raise AfpqError(f"tensor {weight.tensor}.absmax: {float(scales.max()):.4g} is too large for float16 scales")
-    return QuantizedWeight(codes, GroupScales(stored, stored), scheme)
+    return QuantizedWeight(codes, GroupScales(saved, saved), scheme)

@@ -28,7 +28,7 @@ MAX_WINDOWS, MAX_LENGTH = 16, 512
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardText:
     """Windows of tokens [count, length] to measure on, and what they are, as a phrase."""
 
     windows: Tensor
@@ -36,10 +36,10 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SampleFigures:
+class CardFigures:
     """The original's perplexity and the result's figures, on `sample`."""
 
-    sample: Sample
+    sample: CardText
     original: float
     result: Evaluation
 
@@ -50,7 +50,7 @@ class SampleFigures:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class WindowDraw:
     """A calibration text's tokens [n], and how windows were drawn from it: `count` of `length`, with `seed`."""
 
     tokens: Tensor
@@ -59,30 +59,30 @@ class Drawn:
     seed: int
 
 
-def sample_of(tokens: Tensor, length: int, origin: str) -> Sample:
+def card_text_of(tokens: Tensor, length: int, origin: str) -> CardText:
     """The first windows of a text that played no part in quantizing. Raises AfpqError if it is too short."""
-    return Sample(windows(tokens, min(length, MAX_LENGTH))[:MAX_WINDOWS], origin)
+    return CardText(windows(tokens, min(length, MAX_LENGTH))[:MAX_WINDOWS], origin)
 
 
-def sample_beside(drawn: Drawn, name: str) -> Sample:
+def unused_card_text(drawn: WindowDraw, name: str) -> CardText:
     """Parts of a calibration text that no calibration window touches; the windows themselves where there are none."""
     length = min(drawn.length, MAX_LENGTH, len(drawn.tokens))
     starts = window_starts(len(drawn.tokens), drawn.count, drawn.length, drawn.seed)
     unused = unused_windows(drawn.tokens, starts, drawn.length, length, MAX_WINDOWS)
     if len(unused):
-        return Sample(unused, f"parts of {name} that calibration did not use (the same source: a mild test)")
+        return CardText(unused, f"parts of {name} that calibration did not use (the same source: a mild test)")
     used = torch.stack([drawn.tokens[start : start + length] for start in starts[:MAX_WINDOWS]])
-    return Sample(used, f"the very windows of {name} it was calibrated on (a flattering test)")
+    return CardText(used, f"the very windows of {name} it was calibrated on (a flattering test)")
 
 
-def measure_sample(
+def measure_card_text(
     plan: Plan,
     result: Path,
-    sample: Sample,
+    sample: CardText,
     device: torch.device,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> SampleFigures | str:
+) -> CardFigures | str:
     """The saved model in `result` against the plan's original, both loaded; or the reason why not."""
     cuda = device.type == "cuda"
     if _needed(plan, cuda) > (available_device_memory(device) if cuda else available_memory()) // 2:
@@ -94,7 +94,7 @@ def measure_sample(
             reference = _noting_losses(logits_of(original, sample.windows), sample.windows, losses)
             model = load_model(result, trust_remote_code, str(device))
             figures = evaluate(model, sample.windows, reference, progress)
-        return SampleFigures(sample, math.exp(sum(losses) / len(losses)), figures)
+        return CardFigures(sample, math.exp(sum(losses) / len(losses)), figures)
     except (AfpqError, RuntimeError, OverflowError) as error:  # RuntimeError: out of memory, among others
         return " ".join(str(error).split())[:300]
 

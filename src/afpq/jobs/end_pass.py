@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
 from afpq.errors import AfpqError
 from afpq.model.linear import AfpqLinear
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.groups import GroupScales, QuantizedWeight, decode
 from afpq.numerics.packing import to_tensors
-from afpq.numerics.scales import stored
+from afpq.numerics.scales import round_to_storage
 
 RATE = 0.004  # of Adam, falling to 0 in a straight line; scales move by ratio, vectors relative to their size
 BETAS = (0.9, 0.95)
@@ -82,10 +82,10 @@ class _Scales:
         self.sides = [side.float() for side in sides]
         self.moves = [torch.zeros_like(side, requires_grad=True) for side in self.sides]
 
-    def stored(self) -> GroupScales:
+    def rounded(self) -> GroupScales:
         """As they would be saved, signs kept."""
         sizes = [side.abs() * move.exp() for side, move in zip(self.sides, self.moves)]
-        saved = [_rounded(size, stored(size.detach(), self.weight.scheme, saturate=True)) for size in sizes]
+        saved = [_rounded(size, round_to_storage(size.detach(), self.weight.scheme, saturate=True)) for size in sizes]
         signed = [size * side.sign() for size, side in zip(saved, self.sides)]
         return GroupScales(signed[0], signed[-1], self.weight.scales.zero)
 
@@ -93,12 +93,12 @@ class _Scales:
         """[out, in] float32, differentiable in the moves."""
         scheme = self.weight.scheme
         codes = self.weight.codes
-        return decode(codes, self.stored(), scheme.format.values, scheme.span(codes.shape[1]))
+        return decode(codes, self.rounded(), scheme.format.values, scheme.span(codes.shape[1]))
 
     def tensors(self) -> dict[str, Tensor]:
         """The saved tensors of the scales as they are now."""
         with torch.no_grad():
-            new, old = self.stored(), self.weight
+            new, old = self.rounded(), self.weight
             pos, neg = (side.to(old.scales.pos.dtype) for side in (new.pos, new.neg))
             found = to_tensors(QuantizedWeight(old.codes, GroupScales(pos, neg, new.zero), old.scheme))
         return {name: tensor for name, tensor in found.items() if name.startswith("scales")}
@@ -112,7 +112,7 @@ class _Vector:
         self.size = max(self.value.square().mean().sqrt().item(), 1e-3)
         self.move = torch.zeros_like(self.value, requires_grad=True)
 
-    def stored(self) -> Tensor:
+    def rounded(self) -> Tensor:
         exact = self.value + self.size * self.move
         return _rounded(exact, exact.to(self.dtype)).to(self.computed)
 
@@ -135,7 +135,7 @@ class _Tuned:
         return [m for s in self.scales.values() for m in s.moves] + [v.move for v in self.vectors.values()]
 
     def logits(self, ids: Tensor) -> Tensor:
-        vectors = {name: vector.stored() for name, vector in self.vectors.items()}
+        vectors = {name: vector.rounded() for name, vector in self.vectors.items()}
         with self._differentiable():
             result = functional_call(self.model, vectors, (ids,), {"use_cache": False})
         return result.logits.float()  # type: ignore[no-any-return]
@@ -164,7 +164,7 @@ class _Tuned:
 def vector_places(plan: Plan) -> dict[str, str]:
     """Name in the model -> name in the files, of what is saved as the model has it; tune_end picks the vectors."""
     replaced = {tensor for unit in plan.units for tensor in unit.replaced}
-    kept = {name: s.tensor for name, s in plan.names.items() if s == Stored(s.tensor) and s.tensor not in replaced}
+    kept = {name: s.tensor for name, s in plan.names.items() if s == TensorPart(s.tensor) and s.tensor not in replaced}
     return kept | {piece.name: piece.output for unit in plan.units for piece in unit.pieces}
 
 
@@ -180,7 +180,7 @@ def kl(reference: Tensor, logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
-def tune_end(
+def run_end_pass(
     model: nn.Module, original: nn.Module, windows: Tensor, steps: int, seed: int, vectors: dict[str, torch.dtype],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], EndPass]:  # fmt: skip
@@ -224,7 +224,7 @@ def tune_end(
     if not kept:
         return {}, {}, told
     scales = {name: layer.tensors() for name, layer in tuned.scales.items()}
-    return scales, {name: v.stored().detach().to(v.dtype) for name, v in tuned.vectors.items()}, told
+    return scales, {name: v.rounded().detach().to(v.dtype) for name, v in tuned.vectors.items()}, told
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

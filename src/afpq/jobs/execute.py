@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from afpq.calibration.calibrated_run import Calibration, run_calibrated
+from afpq.calibration.calibrated_run import CalibrationRun, run_calibrated
 from afpq.calibration.round_units import UnitResult, run
 from afpq.checkpoint.atomic_files import write_json, write_whole
 from afpq.checkpoint.plan import Plan
@@ -28,8 +28,8 @@ from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_device_memory, available_memory
 from afpq.jobs.bit_budget import SENSITIVITIES
-from afpq.jobs.card_sample import SampleFigures, measure_sample
-from afpq.jobs.end_pass import EndPass, end_pass_bytes, tune_end, vector_places
+from afpq.jobs.card_sample import CardFigures, measure_card_text
+from afpq.jobs.end_pass import EndPass, end_pass_bytes, run_end_pass, vector_places
 from afpq.jobs.prepare import Job, Progress
 from afpq.jobs.quality_card import Card, write_card
 from afpq.jobs.selftest import check_reloaded
@@ -47,7 +47,7 @@ class Outcome:
     rounded to nearest for want of anything to learn from, such as experts that no token was routed to.
     """
 
-    measured: SampleFigures | str
+    measured: CardFigures | str
     tested: str
     rounded: tuple[str, ...] = ()
     end_pass: EndPass | None = None
@@ -88,7 +88,7 @@ def _results(job: Job, scratch: Path, finished: frozenset[str], progress: Progre
         return run(job.plan, finished)
     settings = job.settings
     device, report = settings.torch_device(), progress or (lambda *_: None)
-    calibration = Calibration(job.windows, scratch, device, settings.all_experts, settings.seed, report)
+    calibration = CalibrationRun(job.windows, scratch, device, settings.all_experts, settings.seed, report)
     return run_calibrated(job.plan, job.model, calibration, finished)
 
 
@@ -145,7 +145,9 @@ def _tuned(job: Job, work: WorkDirectory, progress: Progress | None) -> tuple[di
         original = load_model(plan.checkpoint.directory, trust, str(settings.torch_device()))
         model = load_model(directory, trust, str(settings.torch_device()))
     vectors = {name: outputs[tensor][0] for name, tensor in places.items()}
-    scales, found, told = tune_end(model, original, job.windows, plan.recipe.end_pass, settings.seed, vectors, advance)
+    scales, found, told = run_end_pass(
+        model, original, job.windows, plan.recipe.end_pass, settings.seed, vectors, advance
+    )
     prefixes = {target.module: target.prefix for target in plan.targets}
     tensors = {prefixes[m] + part: t for m, parts in scales.items() if m in prefixes for part, t in parts.items()}
     tensors |= {places[name]: vector for name, vector in found.items()}
@@ -192,7 +194,7 @@ def settled(plan: Plan, notes: Sequence[dict[str, Any]]) -> Plan:
     return plan.with_schemes({module: parse_scheme(noted[module]) for module in learned}) if learned else plan
 
 
-def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFigures | str:
+def _measured(job: Job, directory: Path, progress: Progress | None) -> CardFigures | str:
     """The card's figures, or why there are none."""
     if isinstance(job.sample, str):
         return job.sample
@@ -203,7 +205,7 @@ def _measured(job: Job, directory: Path, progress: Progress | None) -> SampleFig
             progress(f"measuring {done} of {count}", weights, weights)
 
     device = job.settings.torch_device()
-    return measure_sample(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
+    return measure_card_text(job.plan, directory, job.sample, device, job.trust_remote_code, advance)
 
 
 def _config(job: Job, plan: Plan, ended: EndPass | None) -> dict[str, Any]:

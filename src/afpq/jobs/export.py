@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afpq.checkpoint.quantized_layers import StoredLayer, stored_layers
+from afpq.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
 from afpq.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
 from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
@@ -62,7 +62,7 @@ def export(
     not afpq's or is broken, and for a tensor too large for `dtype`.
     """
     checkpoint = open_checkpoint(model)
-    layers = stored_layers(checkpoint, trust_remote_code)
+    layers = quantized_layers(checkpoint, trust_remote_code)
     packed = {name: layer for layer in layers for name in layer.tensors.values()}
     plain = [name for name in checkpoint.tensors if name not in packed]
     stray = next((name for name in plain if name.endswith(".qweight")), None)
@@ -99,12 +99,12 @@ def export(
     return result
 
 
-def original_name(layer: StoredLayer) -> str:
+def original_name(layer: QuantizedLayer) -> str:
     """What the weight [out, in] of a quantized layer was called before, and is called after an export."""
     return layer.tensors["qweight"].removesuffix("qweight") + "weight"
 
 
-def dequantized(checkpoint: Checkpoint, layer: StoredLayer, dtype: torch.dtype) -> Tensor:
+def dequantized(checkpoint: Checkpoint, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     """A layer's weight, [out, in]. Raises AfpqError where its tensors are broken or the weight is beyond `dtype`."""
     tensors = {part: checkpoint.read(name) for part, name in layer.tensors.items()}
     weight = from_tensors(tensors, layer.scheme, layer.shape[1])
@@ -130,7 +130,7 @@ def _reach(weight: QuantizedWeight) -> float:
 
 
 def _tensors(
-    checkpoint: Checkpoint, packed: dict[str, StoredLayer], outputs: dict[str, Spec]
+    checkpoint: Checkpoint, packed: dict[str, QuantizedLayer], outputs: dict[str, Spec]
 ) -> Iterator[tuple[str, Tensor]]:
     for name in checkpoint.tensors:
         layer = packed.get(name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from afpq.checkpoint.card_header import LOAD
-from afpq.checkpoint.locate import Located
+from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.quantization_config import config_to_json
@@ -27,7 +27,7 @@ from afpq.jobs.rewrite import Progress, Rewrite, rewrite
 from afpq.jobs.selftest import check_reloaded
 from afpq.model.blocks import TransposedLinear
 from afpq.model.skeleton import build_skeleton
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe
@@ -84,14 +84,14 @@ def import_model(
     chosen = {name: _scheme(checkpoint, weight, scale_dtype) for name, weight in weights.items()}
     plan = _plan(checkpoint, skeleton, weights, chosen)
     elements = sum(weight.elements for weight in weights.values())
-    stored = sum(checkpoint.tensors[part].bytes for weight in weights.values() for part in weight.parts)
+    before = sum(checkpoint.tensors[part].bytes for weight in weights.values() for part in weight.parts)
     result = Imported(
         kind=" and ".join(sorted({weight.kind for weight in weights.values()})),
         layers=len(weights),
         weights=elements,
         schemes=dict(Counter(str(scheme) for scheme in chosen.values()).most_common()),
         bits_per_weight=plan.bits_per_weight,
-        bits_before=8 * stored / elements,
+        bits_before=8 * before / elements,
         exact=all(_holds(chosen[name], fitting[name]) for name in weights),
         input_bytes=sum(info.bytes for info in checkpoint.tensors.values()),
         output_bytes=plan.output_bytes,
@@ -136,7 +136,7 @@ def _plan(
     """A plan as if the float model were quantized, in which exactly the packed linears are targets."""
     plain = _as_floats(checkpoint, weights)
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
-    located = Located(plain.tensors, skeleton)
+    located = TensorLookup(plain.tensors, skeleton)
     tensors = {
         name: located.find(f"{name}.weight") for name, m in linears.items() if not isinstance(m, TransposedLinear)
     }
@@ -191,12 +191,12 @@ def _with_outsiders(
 
 
 def _target(module: str, weight: BnbWeight, scheme: Scheme) -> Target:
-    return Target(module, Stored(weight.tensor), scheme, weight.shape, weight.tensor.removesuffix("weight"))
+    return Target(module, TensorPart(weight.tensor), scheme, weight.shape, weight.tensor.removesuffix("weight"))
 
 
 def _tensors(checkpoint: Checkpoint, plan: Plan, weights: dict[str, BnbWeight]) -> Iterator[tuple[str, Tensor]]:
     for unit in plan.units:
-        targets = {target.stored.tensor: target for target in unit.targets}
+        targets = {target.source.tensor: target for target in unit.targets}
         for name in unit.tensors:
             target = targets.get(name)
             if target is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from afpq.calibration.sensitivity import Measuring, measured_windows
+from afpq.calibration.sensitivity import SensitivitySettings, measured_windows
 from afpq.checkpoint.atomic_files import digest_value
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.plan import Plan
@@ -25,7 +25,7 @@ from afpq.evaluation.devices import find_device
 from afpq.evaluation.loading import load_tokenizer, require_next_token, window_length
 from afpq.evaluation.text import sample_windows, tokenize
 from afpq.jobs.bit_budget import Budget, Choice, settle_budget, with_choice
-from afpq.jobs.card_sample import Drawn, Sample, sample_beside, sample_of
+from afpq.jobs.card_sample import CardText, WindowDraw, card_text_of, unused_card_text
 from afpq.model.skeleton import build_skeleton
 from afpq.recipe import METHODS, Recipe
 from afpq.version import __version__
@@ -58,11 +58,13 @@ class CalibrationSettings:
         """The device that computes. Raises AfpqError for one that is not here."""
         return find_device(self.device)
 
-    def measuring(self, windows: Tensor, recipe: Recipe) -> Measuring:
+    def measuring(self, windows: Tensor, recipe: Recipe) -> SensitivitySettings:
         """How sensitivities are measured on some of the calibration windows, with scales found as they will be."""
         method = METHODS[recipe.method]
         damp = recipe.gptq.damp if method.solver == "gptq" else None
-        return Measuring(measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp, method.guided)
+        return SensitivitySettings(
+            measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp, method.guided
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Job:
     windows: Tensor | None
     name: str | None = None
     text_name: str = "a text"
-    sample: Sample | str = "no text was given"
+    sample: CardText | str = "no text was given"
     trust_remote_code: bool = False
     choice: Choice | None = None  # where the plan's schemes were chosen under a budget of bits
 
@@ -140,20 +142,20 @@ def prepare(
         return tokenize(tokenizer, content if isinstance(content, str) else "\n\n".join(content))
 
     windows, drawn, choice = None, None, None
-    sample: Sample | str = _NO_TEXT if measured else _SWITCHED_OFF
+    sample: CardText | str = _NO_TEXT if measured else _SWITCHED_OFF
     if taught and text is not None:
-        drawn = Drawn(tokens(text), settings.samples, length, settings.seed)
+        drawn = WindowDraw(tokens(text), settings.samples, length, settings.seed)
         windows = sample_windows(drawn.tokens, drawn.count, drawn.length, drawn.seed)
         if recipe.end_pass and len(windows) < 2:
             raise AfpqError(
                 "the end pass needs 2 windows, one to learn from and one to judge by: more --samples or text"
             )
     if measured and eval_text is not None:
-        sample = sample_of(tokens(eval_text), length, names[1])
+        sample = card_text_of(tokens(eval_text), length, names[1])
     elif measured and drawn is not None:
-        sample = sample_beside(drawn, names[0])
+        sample = unused_card_text(drawn, names[0])
     elif measured and text is not None:
-        sample = sample_of(tokens(text), length, f"{names[0]}, which played no part in quantizing")
+        sample = card_text_of(tokens(text), length, f"{names[0]}, which played no part in quantizing")
     if budget is not None and windows is not None:
         choice = settle_budget(plan, skeleton, budget, settings.measuring(windows, recipe), sensitivities, progress)
         plan = make_plan(checkpoint, skeleton, with_choice(recipe, choice, plan, skeleton))

@@ -16,7 +16,7 @@ from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.reader import CARD
 from afpq.evaluation.tables import size_text, table, with_error
 from afpq.jobs.bit_budget import SENSITIVITIES, SHARES, Choice, share_cells
-from afpq.jobs.card_sample import SampleFigures
+from afpq.jobs.card_sample import CardFigures
 from afpq.model.coverage import coverage_warning
 from afpq.recipe import METHODS
 from afpq.version import __version__
@@ -37,7 +37,7 @@ class Card:
     plan: Plan
     notes: Sequence[dict[str, Any]]
     calibration: str | None
-    measured: SampleFigures | str
+    measured: CardFigures | str
     tested: str
     choice: Choice | None = None
 

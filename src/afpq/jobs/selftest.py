@@ -25,7 +25,7 @@ from afpq.evaluation.memory import available_memory
 from afpq.kernels import set_compute
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.model.linear import AfpqLinear, PackedModule
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import from_tensors, layout
 
 MEMORY_SHARE = 4  # the model is loaded where it takes at most a quarter of the free memory
@@ -59,7 +59,7 @@ def _check_state(model: nn.Module, written: Checkpoint, plan: Plan) -> None:
             raise AfpqError(f"self-test: {target.module} loads as {found}, made as {target.scheme}; this is a bug")
     arrived = {f"{t.module}.{part}": t.prefix + part for t in plan.targets for part in _parts(t)}
     # What is stored as the model has it; a part of a tensor, or one that is turned, the outputs will tell of.
-    alike = {name: stored.tensor for name, stored in plan.names.items() if stored == Stored(stored.tensor)}
+    alike = {name: part.tensor for name, part in plan.names.items() if part == TensorPart(part.tensor)}
     arrived |= {name: tensor for name, tensor in alike.items() if tensor in written.tensors}
     for name, tensor in arrived.items():
         # A name that is not there was changed by Transformers while loading; the outputs will tell.

@@ -287,10 +287,10 @@ def shared_mean(block: nn.Module, fold: Fold, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def apply_fold(block: nn.Module, fold: Fold, scales: Tensor, stored: torch.dtype | None = None) -> Tensor:
+def apply_fold(block: nn.Module, fold: Fold, scales: Tensor, saved_dtype: torch.dtype | None = None) -> Tensor:
     """Multiply the linears' columns by `scales` [in] and divide `previous` by them, in place: the function stays.
 
-    A norm is rounded to the dtype it will be saved in (`stored`; its own by default), and the linears are multiplied
+    A norm is rounded to the dtype of its file (`saved_dtype`; its own by default), and the linears are multiplied
     by what it was really divided by: Gemma's 1 + weight leaves few digits in bfloat16. These scales are returned
     (float32 [in]): the linears' inputs are now smaller by them, and their second moment is H / (s s^T). Raises
     AfpqError for scales that are not positive and finite, or that differ where columns share a row.
@@ -305,7 +305,7 @@ def apply_fold(block: nn.Module, fold: Fold, scales: Tensor, stored: torch.dtype
     if isinstance(previous, nn.Linear):
         _multiply(weight, 1 / divisor[:, None])
     else:
-        divisor = _divide_norm(weight, divisor, float(fold.plus_one), stored or weight.dtype)
+        divisor = _divide_norm(weight, divisor, float(fold.plus_one), saved_dtype or weight.dtype)
     bias = getattr(previous, "bias", None)
     if isinstance(bias, Tensor):
         _multiply(bias, 1 / divisor)
@@ -319,10 +319,10 @@ def _multiply(weight: Tensor, factor: Tensor) -> None:
     weight.mul_(factor.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
-def _divide_norm(weight: Tensor, divisor: Tensor, offset: float, stored: torch.dtype) -> Tensor:
-    """Divide offset + weight [in], in place; returns by what each channel was divided once rounded to `stored`."""
+def _divide_norm(weight: Tensor, divisor: Tensor, offset: float, saved_dtype: torch.dtype) -> Tensor:
+    """Divide offset + weight [in], in place; returns by what each channel was divided once rounded to `saved_dtype`."""
     old = weight.double() + offset
-    new = (old / divisor - offset).to(stored).double() + offset
+    new = (old / divisor - offset).to(saved_dtype).double() + offset
     new = torch.where((new != 0) & torch.isfinite(new), new, old)  # rounding must not erase a channel
     weight.copy_(new - offset)
     return torch.where(old == 0, divisor, old / new)

@@ -22,7 +22,7 @@ from afpq.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Ends:
+class EmbeddingAndHead:
     """Names of the embedding and of the head, None where there is none of the kind that can be quantized.
 
     `tied`: one weight serves both. `sharers`: other modules that read the embedding's weight too.
@@ -39,21 +39,21 @@ class Ends:
         return {name: scheme for name, scheme in chosen if name is not None and scheme is not None}
 
 
-NO_ENDS = Ends(None, None, False)
+NO_ENDS = EmbeddingAndHead(None, None, False)
 
 
-def find_ends(model: nn.Module) -> Ends:
+def find_embedding_and_head(model: nn.Module) -> EmbeddingAndHead:
     """Of a model of Transformers, by its own account; of any other module none."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
     table = names.get(id(embedding)) if isinstance(embedding, nn.Embedding) else None
     linear = names.get(id(head)) if isinstance(head, nn.Linear) else None
     if table is None:
-        return Ends(None, linear, False)
+        return EmbeddingAndHead(None, linear, False)
     readers = _readers(model, f"{table}.weight")
     tied = linear is not None and (f"{linear}.weight" in readers or head.weight is embedding.weight)
     others = sorted(name.removesuffix(".weight") for name in readers - {f"{linear}.weight"})
-    return Ends(table, linear, tied, tuple(others))
+    return EmbeddingAndHead(table, linear, tied, tuple(others))
 
 
 def _end(model: nn.Module, getter: str) -> Any:
@@ -70,24 +70,26 @@ def _readers(model: nn.Module, weight: str) -> set[str]:
     return {name for pair in tied.items() if source in pair for name in pair} - {weight}
 
 
-def saved_ends(model: nn.Module, stored: Callable[[str], bool]) -> Ends:
-    """Of a model already quantized; `stored` tells whether its checkpoint has a tensor.
+def saved_ends(model: nn.Module, has_tensor: Callable[[str], bool]) -> EmbeddingAndHead:
+    """Of a model already quantized; `has_tensor` tells whether its checkpoint has a tensor.
 
     A head that was tied has none; one with tensors of its own is tied no more, whatever the config says.
     """
-    ends = find_ends(model)
-    return replace(ends, tied=ends.tied and not any(stored(f"{ends.head}.{part}") for part in ("weight", "qweight")))
+    ends = find_embedding_and_head(model)
+    return replace(
+        ends, tied=ends.tied and not any(has_tensor(f"{ends.head}.{part}") for part in ("weight", "qweight"))
+    )
 
 
 def settle_recipe(
     model: nn.Module, recipe: Recipe, differ: Callable[[str, str], bool] = lambda _a, _b: False
-) -> tuple[Recipe, Ends]:
+) -> tuple[Recipe, EmbeddingAndHead]:
     """The recipe with one scheme for both ends where they are tied, and the ends.
 
     `differ` tells whether the checkpoint stores two weights under two names, and so unties them, as Transformers does.
     Raises AfpqError where an end that the recipe names does not exist, is skipped, or cannot be quantized.
     """
-    ends = find_ends(model)
+    ends = find_embedding_and_head(model)
     if recipe.lm_head is None and recipe.embedding is None:
         return recipe, ends
     kind = type(model).__name__
@@ -116,7 +118,7 @@ def settle_recipe(
     return recipe, ends
 
 
-def _tie(recipe: Recipe, ends: Ends) -> Recipe:
+def _tie(recipe: Recipe, ends: EmbeddingAndHead) -> Recipe:
     head, table = recipe.lm_head, recipe.embedding
     if head is not None and table is not None and head != table:
         raise AfpqError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.errors import AfpqError
-from afpq.model.tensor_part import Stored
+from afpq.model.tensor_part import TensorPart
 
 GATED, PLAIN = "gate_up_proj", "up_proj"  # the fused parameter that reads the hidden states
 DOWN, BIAS = "down_proj", "_bias"
@@ -58,14 +58,18 @@ class ExpertForm:
         """[out, in] of an expert's linear."""
         return (self.hidden, self.inner) if leaf == self.names[-1] else (self.inner, self.hidden)
 
-    def parts(self) -> Iterator[tuple[str, str, Stored]]:
+    def parts(self) -> Iterator[tuple[str, str, TensorPart]]:
         """(linear, "weight" or "bias", where in the fused module's parameters that is) of all they hold."""
         kinds = (("weight", ""), *((("bias", BIAS),) if self.bias else ()))
         for index in range(self.experts):
             for leaf in self.names:
                 parameter = DOWN if leaf == self.names[-1] else self.fused
                 for kind, suffix in kinds:
-                    yield f"{index}.{leaf}", kind, Stored(parameter + suffix, index, self._rows(leaf), self.transposed)
+                    yield (
+                        f"{index}.{leaf}",
+                        kind,
+                        TensorPart(parameter + suffix, index, self._rows(leaf), self.transposed),
+                    )
 
     def _rows(self, leaf: str) -> tuple[int, int, int] | None:
         """The outputs of a fused parameter that are this leaf's; None for all."""
@@ -186,8 +190,8 @@ def split_experts(module: nn.Module, form: ExpertForm) -> AfpqExperts:
 @torch.no_grad()
 def fill_experts(split: AfpqExperts, fused: nn.Module) -> None:
     """Each linear gets its part of the fused parameters, as a view: nothing is copied."""
-    for linear, kind, stored in split.form.parts():
-        value = stored.of(fused.get_parameter(stored.tensor))
+    for linear, kind, part in split.form.parts():
+        value = part.of(fused.get_parameter(part.tensor))
         setattr(split.get_submodule(linear), kind, nn.Parameter(value, requires_grad=False))
 
 
@@ -207,8 +211,8 @@ def fuse_experts(split: AfpqExperts) -> nn.Module:
         if form.bias:
             bias = like.new_empty(form.experts, outputs)
             fused.register_parameter(parameter + BIAS, nn.Parameter(bias, requires_grad=False))
-    for name, kind, stored in form.parts():
-        place = stored.of(fused.get_parameter(stored.tensor))
+    for name, kind, part in form.parts():
+        place = part.of(fused.get_parameter(part.tensor))
         place.copy_(split.get_submodule(name).get_parameter(kind))
     return fused
 

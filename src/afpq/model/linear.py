@@ -13,7 +13,7 @@ from afpq import kernels
 from afpq.errors import AfpqError
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import from_tensors, layout, to_tensors
-from afpq.numerics.scales import check_stored
+from afpq.numerics.scales import check_scales_finite
 from afpq.numerics.scheme import Scheme
 
 
@@ -35,8 +35,8 @@ class PackedModule(nn.Module):
     def __init__(self, rows: int, columns: int, scheme: Scheme, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.rows, self.columns, self.scheme = rows, columns, scheme
-        for name, (stored, shape) in layout(scheme, rows, columns).items():
-            self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
+        for name, (dtype, shape) in layout(scheme, rows, columns).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that are saved, by the names of `packing.layout`."""
@@ -92,7 +92,7 @@ class PackedModule(nn.Module):
 
     def check_scales(self, name: str) -> None:
         """Raises AfpqError naming a tensor of this layer, called `name`, whose scales are NaN or Inf."""
-        check_stored({part: buffer for part, buffer in self._buffers.items() if buffer is not None}, f"{name}.")
+        check_scales_finite({part: buffer for part, buffer in self._buffers.items() if buffer is not None}, f"{name}.")
 
     def prepare(self) -> None:
         """Make what the kernels of its device keep, before the first call; moving a layer does it by itself."""
@@ -101,13 +101,13 @@ class PackedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Refuses a tensor of another dtype, which torch would cast without a word, and scales that are NaN or Inf."""
         given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
-        stored = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
-        for name, tensor in stored.items():
+        tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+        for name, tensor in tensors.items():
             expected = self._buffers[name]
             if expected is not None and tensor.dtype != expected.dtype:
                 raise AfpqError(f"tensor {prefix + name} is {tensor.dtype}; {self.scheme} stores {expected.dtype}")
             if expected is not None and tensor.shape == expected.shape:
-                check_stored({name: tensor}, prefix)
+                check_scales_finite({name: tensor}, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

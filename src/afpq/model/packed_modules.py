@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from afpq.errors import AfpqError
 from afpq.model.blocks import conv1d_linears, replace_module
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
-from afpq.model.embedding_and_head import Ends, untie
+from afpq.model.embedding_and_head import EmbeddingAndHead, untie
 from afpq.model.experts import AfpqExperts, all_or_none, expert_form, split_experts
 from afpq.model.linear import AfpqLinear, PackedModule
 from afpq.numerics.scheme import Scheme
@@ -39,9 +39,9 @@ def swap_matrices(
 ) -> None:
     """Replace what is convertible and begins with one of `places`, where `scheme_of` its name has a scheme.
 
-    `leaves`: what an expert's linears are called (`Names.leaves`). `packed`: whether the checkpoint holds codes; if
-    not, float parameters are kept to be loaded. Raises AfpqError where some of a layer's experts would be quantized and
-    others not.
+    `leaves`: what an expert's linears are called (`TensorNames.leaves`). `packed`: whether the checkpoint holds
+    codes; if not, float parameters are kept to be loaded. Raises AfpqError where some of a layer's experts would be
+    quantized and others not.
     """
     for name, module in convertible(model):
         if not name.startswith(tuple(places)):
@@ -77,7 +77,9 @@ def _empty_layer(module: nn.Module, scheme: Scheme) -> AfpqLinear:
     return layer
 
 
-def swap_ends(model: PreTrainedModel, ends: Ends, recipe: Recipe, kept: Sequence[str], packed: bool) -> None:
+def swap_ends(
+    model: PreTrainedModel, ends: EmbeddingAndHead, recipe: Recipe, kept: Sequence[str], packed: bool
+) -> None:
     """Packed modules for the embedding and the head, where the recipe has schemes for them.
 
     Raises AfpqError for one that is also among the modules to be kept.

@@ -11,10 +11,10 @@ from afpq.errors import AfpqError
 from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, replace_module
 from afpq.model.coverage import warn_of_left
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
-from afpq.model.embedding_and_head import Ends, settle_recipe, untie
+from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe, untie
 from afpq.model.linear import AfpqLinear, PackedModule
 from afpq.model.unfuse import unfuse
-from afpq.numerics.formats import repeated_books
+from afpq.numerics.formats import repeated_codebook_bytes
 from afpq.recipe import METHODS, Recipe
 
 
@@ -44,7 +44,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     return model
 
 
-def _quantize_ends(model: nn.Module, ends: Ends, recipe: Recipe) -> None:
+def _quantize_ends(model: nn.Module, ends: EmbeddingAndHead, recipe: Recipe) -> None:
     schemes = ends.schemes(recipe)
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
@@ -70,8 +70,8 @@ def _quantize_ends(model: nn.Module, ends: Ends, recipe: Recipe) -> None:
 def model_bits(model: nn.Module) -> float:
     """True bits per quantized weight of a model in memory; 0 if it has none."""
     layers = [m for m in model.modules() if isinstance(m, PackedModule) and not isinstance(m, AfpqTiedHead)]
-    stored = sum(tensor.nbytes for layer in layers for tensor in layer.packed().values())
+    total = sum(tensor.nbytes for layer in layers for tensor in layer.packed().values())
     formats = [layer.scheme.format for layer in layers]
-    stored += sum(format.book_bytes for format in formats) - repeated_books(formats)
+    total += sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
     weights = sum(layer.rows * layer.columns for layer in layers)
-    return 8 * stored / weights if weights else 0.0
+    return 8 * total / weights if weights else 0.0

@@ -25,14 +25,14 @@ from afpq.model.experts import DOWN, GATED, NAMES, PLAIN
 
 
 @dataclass(frozen=True)
-class Merge:
+class ExpertMerge:
     """Experts stored one by one that Transformers merges into one parameter.
 
-    `stored` and `merged` are the names of the module of experts (the end of them), `leaves` its linears' names,
+    `in_files` and `merged` are the names of the module of experts (the end of them), `leaves` its linears' names,
     `parameter` what they become.
     """
 
-    stored: str
+    in_files: str
     merged: str
     leaves: tuple[str, ...]
     parameter: str
@@ -40,11 +40,11 @@ class Merge:
     def in_model(self, name: str) -> str | None:
         """The name of an expert's tensor, of any ending, once the experts are linears; None for other tensors."""
         leaves = "|".join(map(re.escape, self.leaves))
-        match = re.search(rf"(?<!\w){re.escape(self.stored)}\.(\d+\.(?:{leaves})\.\w+)$", name)
+        match = re.search(rf"(?<!\w){re.escape(self.in_files)}\.(\d+\.(?:{leaves})\.\w+)$", name)
         return None if match is None else f"{name[: match.start()]}{self.merged}.{match[1]}"
 
 
-class Names:
+class TensorNames:
     """The conversions that Transformers makes for a model, where they only rename, or merge experts."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,9 +52,9 @@ class Names:
         self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self.merges = [m for c in conversions if isinstance(c, WeightConverter) and (m := _merge_of(c)) is not None]
 
-    def in_model(self, stored: str) -> str:
+    def in_model(self, tensor: str) -> str:
         """The model's name, where experts are linears, of a tensor of the checkpoint; perhaps without a prefix."""
-        name: str = rename_source_key(stored, self.renamings, [])[0]
+        name: str = rename_source_key(tensor, self.renamings, [])[0]
         return next((found for merge in self.merges if (found := merge.in_model(name)) is not None), name)
 
     def leaves(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class Names:
         return (*(inputs if len(inputs) == 2 else (NAMES[0], *inputs)), *down)
 
 
-def _merge_of(converter: WeightConverter) -> Merge | None:
+def _merge_of(converter: WeightConverter) -> ExpertMerge | None:
     """A converter that stacks experts, gate before up, and does nothing else."""
     kinds = [type(operation) for operation in converter.operations]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or len(converter.target_patterns) != 1:
@@ -75,4 +75,4 @@ def _merge_of(converter: WeightConverter) -> Merge | None:
     heads = {match[1] for match in sources if match is not None}
     if None in sources or len(heads) != 1 or parameter not in (GATED, PLAIN, DOWN):
         return None
-    return Merge(heads.pop(), merged, tuple(match[2] for match in sources if match is not None), parameter)
+    return ExpertMerge(heads.pop(), merged, tuple(match[2] for match in sources if match is not None), parameter)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorPart:
     """Where a tensor of the model is: a tensor of the checkpoint, or a part of it.
 
     `expert` is an index of its first dimension, `rows` (start, stop, step) of the outputs, and `transposed` tells that

@@ -10,7 +10,7 @@ from torch import nn
 
 from afpq.model.blocks import TransposedLinear, conv1d_linears, replace_module
 from afpq.model.experts import all_or_none, expert_form, fill_experts, split_experts
-from afpq.model.renamed_tensors import Names
+from afpq.model.renamed_tensors import TensorNames
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def unfuse(model: nn.Module, chosen: Callable[[str], bool] = lambda _name: True)
             linear.weight = nn.Parameter(conv.weight.T, requires_grad=False)
             linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
             replace_module(model, name, linear)
-    leaves = Names(model).leaves()
+    leaves = TensorNames(model).leaves()
     for name, module in list(model.named_modules()):
         form = expert_form(module, leaves)
         if form is not None and all_or_none(name, [chosen(f"{name}.{linear}") for linear in form.linears()]):

@@ -66,7 +66,7 @@ class Format:
         return FORMATS[f"nf{self.bits}"] if self.learned else self
 
     @property
-    def book_bytes(self) -> int:
+    def codebook_bytes(self) -> int:
         """What saving the book itself takes: nothing where its name says it, else the text of each value."""
         return len(self.values) * TEXT_BYTES if self.learned or self.name.startswith(_CUSTOM) else 0
 
@@ -74,13 +74,13 @@ class Format:
         return self.name
 
 
-def repeated_books(formats: Iterable[Format]) -> int:
-    """Bytes that `book_bytes` counts once too often for each further weight of the same book, which is written once.
+def repeated_codebook_bytes(formats: Iterable[Format]) -> int:
+    """Bytes that `codebook_bytes` counts once too often for each further weight of the same book.
 
     `formats` are those of all weights; a learned one stands for another book every time.
     """
     counts = Counter(format for format in formats if not format.learned)
-    return sum((count - 1) * format.book_bytes for format, count in counts.items())
+    return sum((count - 1) * format.codebook_bytes for format, count in counts.items())
 
 
 def _integer(bits: int) -> Format:

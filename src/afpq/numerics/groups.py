@@ -27,7 +27,7 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.numerics.formats import Format
-from afpq.numerics.scales import fit_grid, stored
+from afpq.numerics.scales import fit_grid, round_to_storage
 from afpq.numerics.scheme import Scheme
 
 FEW = 1024  # numbers that are compared with all midpoints at once, since calls take longer than their work
@@ -113,25 +113,25 @@ def extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def scales_from_range(low: Tensor, high: Tensor, scheme: Scheme, saturate: bool = False) -> GroupScales:
-    """Scales whose grid spans [-low, high] of each group; low, high >= 0. See `stored` for `saturate`."""
+    """Scales whose grid spans [-low, high] of each group; low, high >= 0. See `round_to_storage` for `saturate`."""
     book = scheme.format.values
     if scheme.zero_point:
         width = book[-1] - book[0]
-        pos = stored(low / width + high / width, scheme, saturate)  # the sum of both could overflow
+        pos = round_to_storage(low / width + high / width, scheme, saturate)  # the sum of both could overflow
         zero = torch.round(low / pos.float()).clamp_(0, len(book) - 1).to(torch.uint8)
         return GroupScales(pos, pos, zero)
     if scheme.format.integer:
-        pos = stored(torch.maximum(low, high) / ((book[-1] - book[0]) / 2), scheme, saturate)
+        pos = round_to_storage(torch.maximum(low, high) / ((book[-1] - book[0]) / 2), scheme, saturate)
         return GroupScales(pos, pos)
     neg, pos = low / -book[0], high / book[-1]
     if scheme.sym:
-        pos = stored(torch.maximum(neg, pos), scheme, saturate)
+        pos = round_to_storage(torch.maximum(neg, pos), scheme, saturate)
         return GroupScales(pos, pos)
     return GroupScales(
-        stored(
+        round_to_storage(
             torch.where(pos > 0, pos, neg), scheme, saturate
         ),  # an empty side borrows: corrections may fill it later
-        stored(torch.where(neg > 0, neg, pos), scheme, saturate),
+        round_to_storage(torch.where(neg > 0, neg, pos), scheme, saturate),
     )
 
 

@@ -102,9 +102,9 @@ def layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Spe
     return tensors
 
 
-def stored_bytes(scheme: Scheme, out_features: int, in_features: int) -> int:
+def packed_bytes(scheme: Scheme, out_features: int, in_features: int) -> int:
     """Bytes of all that is saved for a weight: its tensors, and its code book where that is written out."""
-    return sum(map(spec_bytes, layout(scheme, out_features, in_features).values())) + scheme.format.book_bytes
+    return sum(map(spec_bytes, layout(scheme, out_features, in_features).values())) + scheme.format.codebook_bytes
 
 
 def to_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from afpq.numerics.groups import GroupScales, extremes, parts, scales_from_range, side_midpoints
-from afpq.numerics.scales import stored
+from afpq.numerics.scales import round_to_storage
 from afpq.numerics.scheme import Scheme
 
 SCALE_SEARCHES = ("absmax", "mse")
@@ -155,7 +155,9 @@ class _Search:
 
         def scale(side: int, old: Tensor) -> Tensor:
             new = (above[side] / below[side]).float()
-            return stored(torch.where(torch.isfinite(new) & (new > 0), new, old.float()), scheme, saturate=True)
+            return round_to_storage(
+                torch.where(torch.isfinite(new) & (new > 0), new, old.float()), scheme, saturate=True
+            )
 
         pos = scale(0, best.pos)
         return GroupScales(pos, scale(1, best.neg) if scheme.two_scales else pos, best.zero)

@@ -62,7 +62,7 @@ def to_grid(scale: Tensor, grid: ScaleGrid) -> Tensor:
     return k.round_().clamp_(0, LEVELS - 1).long()
 
 
-def stored(scale: Tensor, scheme: Scheme, saturate: bool = False) -> Tensor:
+def round_to_storage(scale: Tensor, scheme: Scheme, saturate: bool = False) -> Tensor:
     """Float scales >= 0 as the scheme stores them: never zero, and 1 where the group has no weight but zero.
 
     In the dtype of the storage; float32 where that is a grid, which has to be there. A book without a zero cannot say
@@ -91,14 +91,14 @@ def grid_tensor(grid: ScaleGrid) -> Tensor:
     return torch.tensor([grid.low, grid.step])
 
 
-def from_bytes(stored: Tensor, grid: Tensor) -> Tensor:
+def from_bytes(saved: Tensor, grid: Tensor) -> Tensor:
     """uint8 of any shape and the saved grid, float32 [2] -> float32 scales, same shape."""
     k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
     magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
-    return torch.cat([magnitudes, -magnitudes])[stored.int()]
+    return torch.cat([magnitudes, -magnitudes])[saved.int()]
 
 
-def check_stored(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+def check_scales_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     """Raises AfpqError naming the first of a weight's saved tensors that makes a scale NaN or Inf; no scale is."""
     for name, tensor in tensors.items():
         if tensor.is_meta or not tensor.dtype.is_floating_point:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from afpq.algorithms.coordinate_descent import descend
 from afpq.algorithms.gptq import Columns, factorize
-from afpq.algorithms.learned_codebooks import with_book
+from afpq.algorithms.learned_codebooks import with_codebook
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.numerics.groups import GroupScales, QuantizedWeight, with_grid
 from afpq.numerics.scheme import Scheme
@@ -27,7 +27,7 @@ from afpq.numerics.scheme import Scheme
 PARTS, HEIGHT = 16, 8  # parts at most, rows in one at least: 4 parts halve the gain, single rows add a tenth to it
 
 
-def quantize_two_sided(
+def quantize_guided(
     W: Tensor, H: Tensor, G: Tensor, scheme: Scheme, options: GptqOptions | None = None, scale_search: str = "mse"
 ) -> tuple[QuantizedWeight, float]:
     """W [out, in] float, H [in, in], G [out, out], up to factors -> (quantized weight, damping of H used).
@@ -38,7 +38,7 @@ def quantize_two_sided(
     order = G.diagonal().argsort(descending=True, stable=True)
     rows = factorize(G, columns.options.damp, order)
     W = W.float()
-    scheme = with_grid(W, with_book(W, scheme, scale_search, columns.importance))
+    scheme = with_grid(W, with_codebook(W, scheme, scale_search, columns.importance))
     parts = split_rows(G.diagonal()[order])
     wanted = W[order]
     solved = _forwards(wanted.clone(), columns, rows.U, scheme, parts)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afpq.algorithms import SingularHessian, quantize_gptq, quantize_rtn, quantize_two_sided
-from afpq.algorithms import two_sided_gptq as two_sided
+from afpq.algorithms import SingularHessian, quantize_gptq, quantize_guided, quantize_rtn
+from afpq.algorithms import guided_gptq as two_sided
+from afpq.algorithms.guided_gptq import HEIGHT, PARTS, split_rows
 from afpq.algorithms.solver_options import GptqOptions
-from afpq.algorithms.two_sided_gptq import HEIGHT, PARTS, split_rows
 from afpq.errors import AfpqError
 from afpq.numerics.groups import decode_groups, encode_groups, fit_scales
 from afpq.numerics.scheme import parse_scheme
@@ -38,7 +38,7 @@ def loss(Q: Tensor, W: Tensor, H: Tensor, G: Tensor) -> float:
 def test_it_trades_the_error_of_outputs_for_that_of_predictions() -> None:
     W, _, H = problem(rows=48)
     G = gradients(48)
-    one, two = (f(W, H, *more, SCHEME)[0].dequantize() for f, more in ((quantize_gptq, ()), (quantize_two_sided, (G,))))
+    one, two = (f(W, H, *more, SCHEME)[0].dequantize() for f, more in ((quantize_gptq, ()), (quantize_guided, (G,))))
     assert loss(two, W, H, G) < 0.75 * loss(one, W, H, G)
     same = torch.eye(48)
     assert loss(two, W, H, same) > loss(one, W, H, same)
@@ -48,7 +48,7 @@ def test_without_gradients_to_tell_rows_apart_it_is_gptq() -> None:
     W, _, H = problem(rows=40)
     options = GptqOptions(sweeps=0)
     one, _ = quantize_gptq(W, H, SCHEME, options)
-    two, _ = quantize_two_sided(W, H, 3 * torch.eye(40), SCHEME, options)
+    two, _ = quantize_guided(W, H, 3 * torch.eye(40), SCHEME, options)
     assert torch.equal(one.codes, two.codes) and torch.equal(one.scales.pos, two.scales.pos)
 
 
@@ -64,7 +64,7 @@ def test_rows_one_by_one_are_gptq_of_the_kronecker_product(monkeypatch: pytest.M
     monkeypatch.setattr(two_sided, "split_rows", lambda diagonal: [slice(row, row + 1) for row in range(7)])
     W, _, H = problem(rows=7, columns=12, seed=seed)
     G, scheme = gradients(7, seed, rank=3), parse_scheme("nf3-sym-g-1")
-    found, _ = quantize_two_sided(W, H, G, scheme, GptqOptions(order="act", sweeps=0), "absmax")
+    found, _ = quantize_guided(W, H, G, scheme, GptqOptions(order="act", sweeps=0), "absmax")
     rows, columns = (A.diagonal().argsort(descending=True) for A in (G, H))
     K = torch.kron(damped(G)[rows][:, rows], damped(H)[columns][:, columns])
     U = torch.linalg.cholesky(torch.linalg.inv(K)).T
@@ -93,7 +93,7 @@ def test_its_loss_is_never_that_of_rounding_to_nearest(
 ) -> None:
     W, _, H = problem(rows=rows, columns=80, seed=seed)
     G = gradients(rows, seed)
-    found, damp = quantize_two_sided(W, H, G, parse_scheme(scheme), GptqOptions(sweeps=sweeps, order=order))
+    found, damp = quantize_guided(W, H, G, parse_scheme(scheme), GptqOptions(sweeps=sweeps, order=order))
     nearest = quantize_rtn(W, parse_scheme(scheme), "mse", H.diagonal())
     assert found.codes.shape == W.shape and damp == 0.01
     assert loss(found.dequantize(), W, H, G) < loss(nearest.dequantize(), W, H, G)
@@ -104,7 +104,7 @@ def test_a_dead_output_does_not_disturb_the_others() -> None:
     G = gradients(20)
     G[5] = 0
     G[:, 5] = 0
-    found, _ = quantize_two_sided(W, H, G, SCHEME)
+    found, _ = quantize_guided(W, H, G, SCHEME)
     assert torch.isfinite(found.dequantize()).all()
     assert loss(found.dequantize(), W, H, G) < loss(quantize_gptq(W, H, SCHEME)[0].dequantize(), W, H, G)
 
@@ -113,14 +113,14 @@ def test_a_dead_output_does_not_disturb_the_others() -> None:
 def test_gradients_that_teach_nothing_are_an_error(fill: float) -> None:
     W, _, H = problem(rows=8)
     with pytest.raises(SingularHessian):
-        quantize_two_sided(W, H, torch.full((8, 8), fill), SCHEME)
+        quantize_guided(W, H, torch.full((8, 8), fill), SCHEME)
 
 
 def test_nan_in_the_weight_is_an_error() -> None:
     W, _, H = problem(rows=8)
     W[3, 3] = torch.nan
     with pytest.raises(AfpqError):
-        quantize_two_sided(W, H, torch.eye(8), SCHEME)
+        quantize_guided(W, H, torch.eye(8), SCHEME)
 
 
 @given(sizes=st.lists(st.floats(0, 1e3), min_size=1, max_size=300))
