@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
+from rooms import PICTURE, ROOMS, afpq_imports, module_of, module_texts, room_of, rooms_svg
+
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "afpq"
 
-# Folders and the files beside them, in reading order: each imports only itself and what comes before it. Inside a room
-# files may import each other as long as there is no circle.
-ROOMS = [
-    "errors", "version", "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint", "calibration",
-    "integrations", "evaluation", "demo", "jobs", "comparison", "api", "__init__", "commands", "cli", "__main__",
-]  # fmt: skip
 MAX_IN_ROOT = 8
 
 OPTIONAL = {
@@ -39,38 +37,10 @@ MAX_LINES = 350
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def module_of(file: Path, root: Path = SOURCE) -> str:
-    """`algorithms/rtn.py` -> algorithms.rtn, `kernels/__init__.py` -> kernels, `__init__.py` -> __init__."""
-    parts = file.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
 MODULES = [module_of(file) for file in FILES]
 
 
-def room_of(module: str) -> str:
-    """The first part of a module's name."""
-    return module.partition(".")[0]
-
-
-def afpq_imports(text: str, modules: list[str]) -> Iterator[str]:
-    """Every module of `modules` that a file with this text imports, also inside functions."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
-            # `from a import b` means the module a.b where there is one, else a name in the module a
-            longer = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [n if n.removeprefix("afpq.") in modules else str(node.module) for n in longer]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] == "afpq":
-                yield name.removeprefix("afpq.") if name != "afpq" else "__init__"
-
-
-def upward_imports(texts: dict[str, str], rooms: list[str]) -> list[str]:
+def upward_imports(texts: dict[str, str], rooms: Sequence[str]) -> list[str]:
     """One line for every import from a room that does not come before the file's own; `texts` are by module."""
     return [
         f"{module} imports {imported}"
@@ -136,21 +106,17 @@ def runs_what_it_reads(text: str) -> bool:
     return bool(called & RUNS_DATA or imported_packages(ast.walk(tree)) & UNSAFE_PACKAGES or allows)
 
 
-def texts() -> dict[str, str]:
-    return {module_of(file): file.read_text("utf-8") for file in FILES}
-
-
 def test_every_room_has_its_place() -> None:
     assert sorted(ROOMS) == sorted({room_of(module) for module in MODULES})
     assert len(list(SOURCE.glob("*.py"))) <= MAX_IN_ROOT
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
-    assert upward_imports(texts(), ROOMS) == []
+    assert upward_imports(module_texts(), ROOMS) == []
 
 
 def test_no_circles() -> None:
-    assert circle(texts()) == []
+    assert circle(module_texts()) == []
 
 
 @pytest.mark.parametrize(
@@ -183,6 +149,10 @@ def test_every_module_has_a_name_of_its_own() -> None:
     """`rows` says where to look; two of them would not."""
     names = [module.rpartition(".")[2] for module in MODULES if module not in ROOMS]
     assert sorted(names) == sorted(set(names))
+
+
+def test_the_picture_shows_the_code_as_it_is() -> None:
+    assert PICTURE.read_text("utf-8") == rooms_svg(), "run python docs/rooms.py"
 
 
 def test_a_room_says_in_one_sentence_what_it_is() -> None:
