@@ -13,8 +13,11 @@ from torch import Tensor
 from afpq.algorithms.awq import SMALLEST, linear_loss, search_channel_scales, search_clips
 from afpq.algorithms.rtn import quantize_rtn
 from afpq.errors import AfpqError
-from afpq.numerics.groups import GroupScales, QuantizedWeight, decode, encode, extremes, fit_scales, scales_from_range
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight, decode, encode, extremes
 from afpq.numerics.scale_search import RATIOS
+from afpq.numerics.scales import fit_scales, scales_from_range
 from afpq.numerics.scheme import Scheme, parse_scheme
 
 SCHEMES = [
@@ -148,7 +151,7 @@ def test_clips_are_never_worse_than_absmax(text: str, columns: int) -> None:
     scheme = parse_scheme(text)
     W, X = problem(columns=columns)
     H = X.T @ X
-    scales, absmax = search_clips(W, H, scheme), fit_scales(W, scheme)
+    scales, absmax = search_clips(W, H, FittedScheme(scheme)), fit_scales(W, FittedScheme(scheme))
     assert scales.pos.shape == absmax.pos.shape and scales.pos.dtype == absmax.pos.dtype
     assert (scales.neg is scales.pos) == (not scheme.two_scales) and (scales.zero is None) == (absmax.zero is None)
     found, kept = group_errors(W, H, scales, scheme), group_errors(W, H, absmax, scheme)
@@ -165,8 +168,10 @@ def test_clips_equal_brute_force(text: str) -> None:
     ratios = (0.5, 0.7, 0.9, 1.0)
     low, high = extremes(W, scheme)
     pairs = product(ratios, ratios) if scheme.two_scales else zip(ratios, ratios)
-    all_errors = [group_errors(W, H, scales_from_range(low * n, high * p, scheme), scheme) for p, n in pairs]
-    found = group_errors(W, H, search_clips(W, H, scheme, ratios), scheme)
+    all_errors = [
+        group_errors(W, H, scales_from_range(low * n, high * p, FittedScheme(scheme)), scheme) for p, n in pairs
+    ]
+    found = group_errors(W, H, search_clips(W, H, FittedScheme(scheme), ratios), scheme)
     torch.testing.assert_close(found, torch.stack(all_errors).amin(0), rtol=1e-4, atol=1e-6)
 
 
@@ -181,11 +186,11 @@ def test_the_best_pair_beats_the_best_of_each_side() -> None:
     for side, best in zip(sides, apart):
         least = torch.full((24, 4), torch.inf).double()
         for ratio in RATIOS:
-            error = group_errors(side, H, scales_from_range(low * ratio, high * ratio, scheme), scheme)
+            error = group_errors(side, H, scales_from_range(low * ratio, high * ratio, FittedScheme(scheme)), scheme)
             best[error < least] = ratio
             least = torch.minimum(error, least)
-    alone = group_errors(W, H, scales_from_range(low * apart[1], high * apart[0], scheme), scheme)
-    assert group_errors(W, H, search_clips(W, H, scheme), scheme).sum() < 0.9 * alone.sum()
+    alone = group_errors(W, H, scales_from_range(low * apart[1], high * apart[0], FittedScheme(scheme)), scheme)
+    assert group_errors(W, H, search_clips(W, H, FittedScheme(scheme)), scheme).sum() < 0.9 * alone.sum()
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -193,7 +198,8 @@ def test_the_best_pair_beats_the_best_of_each_side() -> None:
 def test_second_moments_that_teach_nothing_keep_absmax(text: str, value: float) -> None:
     scheme = parse_scheme(text)
     W, _ = problem()
-    scales, absmax = search_clips(W, torch.full((128, 128), value), scheme), fit_scales(W, scheme)
+    fitted = FittedScheme(scheme)
+    scales, absmax = search_clips(W, torch.full((128, 128), value), fitted), fit_scales(W, fitted)
     assert torch.equal(scales.pos, absmax.pos) and torch.equal(scales.neg, absmax.neg)
 
 
@@ -201,20 +207,20 @@ def test_groups_without_weights_or_without_a_side() -> None:
     scheme = parse_scheme("nf4-asym-g32")
     W, X = problem()
     W[0], W[1], W[2, :32] = 0, W[1].abs(), -W[2, :32].abs()
-    scales = search_clips(W, X.T @ X, scheme)
+    scales = search_clips(W, X.T @ X, FittedScheme(scheme))
     assert (scales.pos > 0).all() and (scales.neg > 0).all()
     assert (decode(encode(W, scales, scheme), scales, scheme.format.values, 32)[0] == 0).all()
 
 
 def test_rows_are_searched_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     W, X = problem()
-    whole = search_clips(W, X.T @ X, parse_scheme("nf3-asym-g48"))
+    whole = search_clips(W, X.T @ X, FittedScheme(parse_scheme("nf3-asym-g48")))
     monkeypatch.setattr("afpq.algorithms.awq.CHUNK", 5 * 96)
-    chunked = search_clips(W, X.T @ X, parse_scheme("nf3-asym-g48"))
+    chunked = search_clips(W, X.T @ X, FittedScheme(parse_scheme("nf3-asym-g48")))
     same = ((whole.pos == chunked.pos) & (whole.neg == chunked.neg)).float().mean()
     assert same > 0.99  # not equal to the bit: the order of sums may differ
 
 
 def test_weights_that_are_no_numbers_are_errors() -> None:
     with pytest.raises(AfpqError, match="NaN"):
-        search_clips(torch.full((2, 32), math.nan), torch.eye(32), parse_scheme("nf4-asym-g32"))
+        search_clips(torch.full((2, 32), math.nan), torch.eye(32), FittedScheme(parse_scheme("nf4-asym-g32")))

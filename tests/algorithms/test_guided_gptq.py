@@ -15,7 +15,9 @@ from afpq.algorithms import guided_gptq as two_sided
 from afpq.algorithms.guided_gptq import HEIGHT, PARTS, split_rows
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.errors import AfpqError
-from afpq.numerics.groups import decode_groups, encode_groups, fit_scales
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.groups import decode_groups, encode_groups
+from afpq.numerics.scales import fit_scales
 from afpq.numerics.scheme import parse_scheme
 
 SCHEME = parse_scheme("nf3-asym-g32")
@@ -70,7 +72,7 @@ def test_rows_one_by_one_are_gptq_of_the_kronecker_product(monkeypatch: pytest.M
     U = torch.linalg.cholesky(torch.linalg.inv(K)).T
     left, codes = W[rows][:, columns].double().flatten(), torch.empty(7, 12, dtype=torch.uint8)
     for row in range(7):
-        scales = fit_scales(left[12 * row : 12 * row + 12].float()[None], scheme)[:, 0]
+        scales = fit_scales(left[12 * row : 12 * row + 12].float()[None], FittedScheme(scheme))[:, 0]
         for column in range(12):
             place = 12 * row + column
             code = encode_groups(left[place].float()[None], scales, scheme.format)

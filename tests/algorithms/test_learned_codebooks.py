@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afpq.algorithms import quantize_gptq, quantize_rtn, with_codebook
+from afpq.algorithms import fit_scheme, quantize_gptq, quantize_rtn
 from afpq.algorithms.learned_codebooks import SAMPLE, error_of, learn_values, sample_rows, without_zero
 from afpq.errors import AfpqError
+from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.formats import FORMATS, LEARNED, Format, custom_format, parse_format
-from afpq.numerics.groups import GroupScales, QuantizedWeight, encode, fit_scales
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight, encode
+from afpq.numerics.scales import fit_scales
 from afpq.numerics.scheme import Scheme, parse_scheme
 
 LEARNED_SCHEMES = st.builds(
@@ -60,7 +63,7 @@ def test_a_book_is_a_format_and_no_worse_than_its_start(
 ) -> None:
     weight, importance = random(rows, columns, seed=seed), random(columns, seed=99).square()
     weight = {"normal": weight, "one-sided": weight.abs(), "few": weight.round(), "zeros": weight * 0}[kind]
-    found = with_codebook(weight, scheme, search, importance)
+    found = fit_scheme(weight, scheme, search, importance).scheme
     book = found.format
     assert not book.learned and replace(found, format=scheme.format) == scheme
     assert parse_format(str(book)) == book and len(book.values) == len(scheme.format.values)
@@ -92,7 +95,7 @@ def test_the_book_a_weight_was_made_of_is_found_again(bits: int) -> None:
     weight = values[torch.randint(len(book), (64, 64), generator=torch.Generator().manual_seed(0))]
     weight[:, 0], weight[:, 1] = 1, -1  # so that absmax scales are those it was made with
     weight = weight * random(64, 1).exp()
-    found = with_codebook(weight, parse_scheme(f"learned{bits}-asym-g-1-float32"), "absmax")
+    found = fit_scheme(weight, parse_scheme(f"learned{bits}-asym-g-1-float32"), "absmax").scheme
     assert found.format.values == pytest.approx(book, abs=1e-3)
     assert error(weight, found, "absmax") < 1e-6 * weight.square().sum().item()
 
@@ -116,7 +119,7 @@ def test_values_are_those_of_a_textbooks_lloyd_max(start: Format) -> None:
     """With one scale for each row and its sign, kept: importance times the scale's square weighs a weight."""
     scheme = Scheme(start, -1, scale_dtype="float32")
     x, h = random(12, 30), random(30, seed=1).square()
-    scales = fit_scales(x, scheme)
+    scales = fit_scales(x, FittedScheme(scheme))
     weight = QuantizedWeight(encode(x, scales, scheme), scales, scheme)
     found = learn_values(x, h, weight, fixed_scales=True, steps=5)
     s = torch.where(x < 0, scales.neg, scales.pos).double()
@@ -129,7 +132,7 @@ def test_values_are_those_of_a_textbooks_lloyd_max(start: Format) -> None:
 def test_mirrored_groups_teach_the_same_book() -> None:
     scheme = Scheme(without_zero(8), -1, scale_dtype="float32")
     x, h = random(12, 30), torch.ones(30)
-    scales = fit_scales(x, scheme)
+    scales = fit_scales(x, FittedScheme(scheme))
     mirrored = GroupScales(-scales.pos, -scales.neg)
     books = []
     for w, s in ((x, scales), (-x, mirrored)):
@@ -143,7 +146,7 @@ def test_columns_without_importance_teach_nothing() -> None:
     changed = weight.clone()
     changed[:, 32:] = changed[:, 32:].sign() * 0.1
     scheme = parse_scheme("learned3-asym-g32-float32")
-    books = [with_codebook(w, scheme, "mse", importance).format for w in (weight, changed)]
+    books = [fit_scheme(w, scheme, "mse", importance).format for w in (weight, changed)]
     assert books[0] == books[1]
 
 
@@ -167,11 +170,11 @@ def test_what_a_sample_teaches_holds_for_all(search: str) -> None:
 def test_an_ordinary_format_is_left_alone() -> None:
     for format in FORMATS.values():
         scheme = Scheme(format, 32)
-        assert with_codebook(random(4, 32), scheme) is scheme
+        assert fit_scheme(random(4, 32), scheme) == FittedScheme(scheme)
 
 
 def test_where_nothing_is_better_nf_stays_by_its_name() -> None:
-    assert with_codebook(torch.zeros(4, 32), parse_scheme("learned3-asym-g32")).format == parse_format("nf3")
+    assert fit_scheme(torch.zeros(4, 32), parse_scheme("learned3-asym-g32")).format == parse_format("nf3")
 
 
 def test_nan_is_an_error() -> None:
@@ -186,7 +189,7 @@ def test_gptq_learns_from_what_it_is_given(text: str) -> None:
     x = random(256, 96) @ random(96, 96, seed=1)
     H, weight = x.T @ x, random(48, 96, seed=2)
     solved, _ = quantize_gptq(weight, H, parse_scheme(text))
-    assert solved.scheme.format == with_codebook(weight, parse_scheme(text), "mse", H.diagonal()).format
+    assert solved.scheme.format == fit_scheme(weight, parse_scheme(text), "mse", H.diagonal()).format
     plain, _ = quantize_gptq(weight, H, started(parse_scheme(text)))
 
     def loss(q: QuantizedWeight) -> float:

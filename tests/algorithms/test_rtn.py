@@ -9,7 +9,9 @@ from torch import Tensor
 
 from afpq.algorithms import quantize_rtn
 from afpq.errors import AfpqError
-from afpq.numerics.groups import QuantizedWeight, encode, fit_scales
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.groups import QuantizedWeight, encode
+from afpq.numerics.scales import fit_scales
 from afpq.numerics.scheme import parse_scheme
 
 KINDS = ["nf4-asym", "fp3-sym", "int3-asym", "int8-sym"]
@@ -44,7 +46,7 @@ def test_a_large_matrix_is_its_rows(shape: tuple[int, int], search: str, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_absmax_is_fit_then_encode(kind: str) -> None:
     weight, scheme = gaussian(900, 333), parse_scheme(f"{kind}-g64")
-    scales = fit_scales(weight, scheme)
+    scales = fit_scales(weight, FittedScheme(scheme))
     assert_equal(quantize_rtn(weight, scheme), QuantizedWeight(encode(weight, scales, scheme), scales, scheme))
 
 

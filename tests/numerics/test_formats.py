@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afpq.errors import AfpqError
-from afpq.numerics.formats import FORMATS, Format, custom_format, parse_format, repeated_codebook_bytes
+from afpq.numerics.formats import (
+    BITS,
+    FORMATS,
+    INTEGERS,
+    LEARNED,
+    NORMAL_FLOATS,
+    Format,
+    custom_format,
+    parse_format,
+    repeated_codebook_bytes,
+)
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 BOOKS = st.lists(FLOATS, min_size=2, max_size=40, unique=True).filter(lambda v: min(v) < 0 < max(v))
@@ -154,3 +164,10 @@ def test_a_book_that_weights_share_is_written_once() -> None:
     nf3, learned = parse_format("nf3"), parse_format("learned3")
     assert repeated_codebook_bytes([nf3, nf3, custom, other, learned, learned]) == 0
     assert repeated_codebook_bytes([custom, other, custom, custom, nf3]) == 2 * custom.codebook_bytes > 0
+
+
+def test_normal_floats_and_integers_are_found_by_their_width() -> None:
+    assert {bits: format.name for bits, format in NORMAL_FLOATS.items()} == {2: "nf2", 3: "nf3", 4: "nf4"}
+    assert {bits: format.name for bits, format in INTEGERS.items()} == {bits: f"int{bits}" for bits in BITS}
+    assert all(format.start == NORMAL_FLOATS[format.bits] for format in LEARNED.values())
+    assert list(LEARNED) == ["learned2", "learned3", "learned4"]

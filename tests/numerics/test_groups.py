@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from afpq.errors import AfpqError
+from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.formats import FORMATS, Format, custom_format, parse_format
-from afpq.numerics.groups import QuantizedWeight, encode, fit_scales
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight, encode
+from afpq.numerics.scale_storage import ScaleGrid
+from afpq.numerics.scales import fit_grid, fit_scales
 from afpq.numerics.scheme import Scheme, parse_scheme
 
 numeric = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
@@ -52,7 +57,7 @@ def matrices(draw: st.DrawFn, magnitudes: tuple[float, ...] = (1e-7, 1e-3, 1.0, 
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    scales = fit_scales(weight, scheme)
+    scales = fit_scales(weight, FittedScheme(scheme))
     return QuantizedWeight(encode(weight, scales, scheme), scales, scheme)
 
 
@@ -223,7 +228,7 @@ def test_everything_is_finite_and_no_scale_is_zero(weight: Tensor, scheme: Schem
 @given(matrices((1e-3, 1.0, 6e4)), schemes())
 def test_a_side_without_weights_borrows_the_other_sides_scale(weight: Tensor, scheme: Scheme) -> None:
     for signed in (weight.abs(), -weight.abs()):
-        scales = fit_scales(signed, scheme)
+        scales = fit_scales(signed, FittedScheme(scheme))
         assert torch.equal(scales.pos, scales.neg)
 
 
@@ -286,7 +291,7 @@ def test_one_group_a_row_is_a_group_as_long_as_the_row(weight: Tensor, scheme: S
 @numeric
 @given(matrices(), schemes())
 def test_symmetric_has_one_scale(weight: Tensor, scheme: Scheme) -> None:
-    scales = fit_scales(weight, Scheme(scheme.format, scheme.group_size, sym=True))
+    scales = fit_scales(weight, FittedScheme(Scheme(scheme.format, scheme.group_size, sym=True)))
     assert torch.equal(scales.pos, scales.neg) and scales.zero is None
 
 
@@ -306,7 +311,7 @@ def test_a_power_of_two_passes_through(weight: Tensor, scheme: Scheme, exponent:
 @given(matrices(), st.sampled_from(["fp4-asym-g8", "fp3-asym-g3", "fp3-asym-g-1-float32"]))
 def test_negating_swaps_the_scales_of_a_mirrored_book(weight: Tensor, text: str) -> None:
     scheme = parse_scheme(text)
-    scales, negated = fit_scales(weight, scheme), fit_scales(-weight, scheme)
+    scales, negated = (fit_scales(w, FittedScheme(scheme)) for w in (weight, -weight))
     assert torch.equal(scales.pos, negated.neg) and torch.equal(scales.neg, negated.pos)
 
 
@@ -329,7 +334,7 @@ def test_nan_and_inf_are_errors_wherever_they_are(
 ) -> None:
     weight.view(-1)[data.draw(st.integers(0, weight.numel() - 1))] = bad
     with pytest.raises(AfpqError, match="NaN or Inf"):
-        fit_scales(weight, scheme)
+        fit_scales(weight, FittedScheme(scheme))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -337,7 +342,7 @@ def test_nan_and_inf_are_errors_wherever_they_are(
 def test_weights_beyond_float16_scales_are_errors(text: str, sign: int) -> None:
     weight = torch.tensor([[0.5, -0.5, 0.25, sign * 1e7]])
     with pytest.raises(AfpqError, match="too large"):
-        fit_scales(weight, parse_scheme(text))
+        fit_scales(weight, FittedScheme(parse_scheme(text)))
     back = quantize(weight, parse_scheme(f"{text}-float32")).dequantize()
     assert back[0, 3].item() == pytest.approx(sign * 1e7, rel=0.07)
 
@@ -347,3 +352,72 @@ def test_the_largest_floats_are_finite(side: str) -> None:
     weight = torch.tensor([[3e38, -3e38, 1.0, 0.0]])
     back = quantize(weight, parse_scheme(f"nf4-{side}-g4-float32")).dequantize()
     assert back.tolist() == [[pytest.approx(3e38), pytest.approx(-3e38), 0, 0]]
+
+
+# --- what a quantized weight is
+
+
+def rounded(text: str) -> QuantizedWeight:
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    fitted = fit_grid(weight, parse_scheme(text))
+    scales = fit_scales(weight, fitted)
+    return QuantizedWeight(encode(weight, scales, fitted.scheme), scales, fitted.scheme)
+
+
+@pytest.mark.parametrize("text", ["nf3-asym-g16", "nf4-sym-g16-log8", "int4-asym-g-1", "int8-sym-g7-float32"])
+def test_what_is_rounded_is_valid(text: str) -> None:
+    rounded(text).validate()
+
+
+@pytest.mark.parametrize("text", ["nf3-asym-g16", "int4-asym-g16", "nf4-asym-g16-log8"])
+def test_the_formula_of_the_docstring_is_what_a_weight_stands_for(text: str) -> None:
+    weight = rounded(text)
+    v, codes, s, span = weight.scheme.format.values, weight.codes.tolist(), weight.scales.float(), 16
+    back = torch.zeros(6, 40)
+    for o in range(6):
+        for i in range(40):
+            value = v[codes[o][i]]
+            if s.zero is None:
+                back[o, i] = value * float((s.pos if value >= 0 else s.neg)[o, i // span])
+            else:
+                back[o, i] = (value - v[int(s.zero[o, i // span])]) * float(s.pos[o, i // span])
+    torch.testing.assert_close(weight.dequantize(), back, rtol=1e-6, atol=0)
+
+
+def scales_with(weight: QuantizedWeight, **changes: object) -> QuantizedWeight:
+    return replace(weight, scales=replace(weight.scales, **changes))  # type: ignore[arg-type]
+
+
+WRONG = {
+    "codes is .*int64": lambda w: replace(w, codes=w.codes.long()),
+    r"codes is \[240\]": lambda w: replace(w, codes=w.codes.flatten()),
+    "8 does not fit 3 bits": lambda w: replace(w, codes=torch.full_like(w.codes, 8)),
+    r"scales.pos is \[6, 2\]": lambda w: replace(w, scales=w.scales[:, :2]),
+    "scales.pos is .*float32": lambda w: replace(w, scales=w.scales.float()),
+    "scales.neg is .*float32": lambda w: scales_with(w, neg=w.scales.neg.float()),
+    "scales.pos: contains zero": lambda w: scales_with(w, pos=w.scales.pos * 0),
+    "scales.neg: contains .*Inf": lambda w: scales_with(w, neg=w.scales.neg / 0),
+    "one scale for both signs": lambda w: replace(w, scheme=parse_scheme("nf3-sym-g16")),
+    "has no zero points": lambda w: scales_with(w, zero=w.scales.pos.to(torch.uint8)),
+    "takes no grid": lambda w: scales_with(w, grid=ScaleGrid(0.0, 0.1)),
+    "needs a grid": lambda w: replace(w, scheme=parse_scheme("nf3-asym-g16-log8")),
+    "not learned yet": lambda w: replace(w, scheme=parse_scheme("learned3-asym-g16")),
+    "has zero points": lambda w: replace(
+        w, scheme=parse_scheme("int3-asym-g16"), scales=GroupScales(w.scales.pos, w.scales.pos)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_named(message: str) -> None:
+    with pytest.raises(AfpqError, match=message):
+        WRONG[message](rounded("nf3-asym-g16")).validate()
+
+
+def test_a_zero_point_is_a_code_of_the_format() -> None:
+    weight = rounded("int3-asym-g16")
+    assert weight.scales.zero is not None
+    with pytest.raises(AfpqError, match=r"scales\.zero: 8"):
+        scales_with(weight, zero=torch.full_like(weight.scales.zero, 8)).validate()
+    with pytest.raises(AfpqError, match=r"scales\.zero is .*int64"):
+        scales_with(weight, zero=weight.scales.zero.long()).validate()

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afpq.algorithms import quantize_rtn
-from afpq.numerics.formats import FORMATS, custom_format
+from afpq.numerics.formats import BITS, FORMATS, custom_format
 from afpq.numerics.groups import QuantizedWeight
-from afpq.numerics.packing import from_tensors, layout, pack, packed_size, spec_bytes, to_tensors, unpack
+from afpq.numerics.packing import codes_at, from_tensors, layout, pack, packed_size, spec_bytes, to_tensors, unpack
 from afpq.numerics.scheme import Scheme, parse_scheme
 
 numeric = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-BITS = (2, 3, 4, 8)
+WIDTHS = range(1, 9)  # all that can be packed, of which formats use some
 SCHEMES = st.builds(
     Scheme,
     st.sampled_from([*FORMATS.values(), custom_format([-1, -0.5, 0.1, 1])]),
@@ -32,7 +32,7 @@ SCHEMES = st.builds(
 @st.composite
 def code_tensors(draw: st.DrawFn) -> tuple[Tensor, int]:
     """(codes of up to three dimensions, their bits)."""
-    bits = draw(st.sampled_from(BITS))
+    bits = draw(st.sampled_from(WIDTHS))
     shape = [*draw(st.lists(st.integers(1, 3), max_size=2)), draw(st.integers(1, 70))]
     codes = draw(st.lists(st.integers(0, 2**bits - 1), min_size=prod(shape), max_size=prod(shape)))
     return torch.tensor(codes, dtype=torch.uint8).view(shape), bits
@@ -40,7 +40,7 @@ def code_tensors(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 def bytes_by_hand(codes: list[int], bits: int) -> list[int]:
     """The documented layout, one code and one bit at a time."""
-    whole = {2: 1, 3: 3, 4: 1, 8: 1}[bits]  # bytes
+    whole = {1: 1, 2: 1, 3: 3, 4: 1, 5: 5, 6: 3, 7: 7, 8: 1}[bits]  # bytes
     stream = sum(code << (bits * k) for k, code in enumerate(codes))
     size = -(-len(codes) * bits // (8 * whole)) * whole
     return list(stream.to_bytes(size, "little"))
@@ -54,6 +54,19 @@ def test_unpacking_undoes_packing(given: tuple[Tensor, int]) -> None:
     assert packed.dtype == torch.uint8
     assert packed.shape == (*codes.shape[:-1], packed_size(codes.shape[-1], bits))
     assert torch.equal(unpack(packed, bits, codes.shape[-1]), codes)
+
+
+@numeric
+@given(code_tensors(), st.data())
+def test_single_codes_are_found_in_the_bytes(given: tuple[Tensor, int], data: st.DataObject) -> None:
+    codes, bits = given
+    count = codes.shape[-1]
+    index = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=5)))
+    assert torch.equal(codes_at(pack(codes, bits), bits, index), codes[..., index])
+
+
+def test_every_width_of_a_format_can_be_packed() -> None:
+    assert set(BITS) <= set(WIDTHS)
 
 
 @numeric
@@ -71,13 +84,15 @@ def test_every_code_is_at_its_documented_bits(given: tuple[Tensor, int]) -> None
         (4, [1, 2, 15], [0x21, 0x0F]),
         (2, [1, 2, 3, 0, 1], [0b00111001, 1]),
         (3, [1, 2, 4, 7, 0, 0, 0, 5, 6], [0b00010001, 0b00001111, 0b10100000, 6, 0, 0]),
+        (5, [1, 31], [0b11100001, 0b11, 0, 0, 0]),
+        (6, [1, 63, 0, 2, 5], [0b11000001, 0b1111, 0b1000, 5, 0, 0]),
     ],
 )
 def test_layout_by_hand(bits: int, codes: list[int], packed: list[int]) -> None:
     assert pack(torch.tensor(codes, dtype=torch.uint8), bits).tolist() == packed
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_views_pack_like_their_copies(bits: int) -> None:
     codes = torch.randint(2**bits, (34, 65), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for view in (
@@ -97,7 +112,20 @@ def test_views_pack_like_their_copies(bits: int) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "count", "size"),
-    [(2, 1, 1), (2, 5, 2), (4, 1, 1), (4, 3, 2), (3, 1, 3), (3, 8, 3), (3, 9, 6), (8, 5, 5)],
+    [
+        (2, 1, 1),
+        (2, 5, 2),
+        (4, 1, 1),
+        (4, 3, 2),
+        (3, 1, 3),
+        (3, 8, 3),
+        (3, 9, 6),
+        (5, 8, 5),
+        (5, 9, 10),
+        (6, 3, 3),
+        (6, 5, 6),
+        (8, 5, 5),
+    ],
 )
 def test_packed_size(bits: int, count: int, size: int) -> None:
     assert packed_size(count, bits) == size

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afpq.errors import AfpqError
+from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.formats import FORMATS, custom_format
-from afpq.numerics.groups import GroupScales, QuantizedWeight, encode, fit_scales
-from afpq.numerics.scale_search import search_scales
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight, encode
+from afpq.numerics.scale_search import find_scales, search_scales
+from afpq.numerics.scales import fit_scales
 from afpq.numerics.scheme import Scheme, parse_scheme
 
 numeric = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -62,7 +65,7 @@ def group_sums(terms: Tensor, weight: Tensor, scheme: Scheme, importance: Tensor
 
 def assert_not_worse(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
     """To 1e-5, and to a float32 rounding of the weights: a tie may be told apart from its neighbour differently."""
-    ours, theirs = search_scales(weight, scheme, importance), fit_scales(weight, scheme)
+    ours, theirs = search_scales(weight, FittedScheme(scheme), importance), fit_scales(weight, FittedScheme(scheme))
     for one, other in ((ours.pos, theirs.pos), (ours.neg, theirs.neg)):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert bool((one != 0).all()) and bool(torch.isfinite(one).all())
@@ -102,8 +105,8 @@ def test_large_groups_gain(kind: str) -> None:
     weight = gaussian(64, 256)
     scheme = parse_scheme(f"{kind}-g128")
     assert_not_worse(weight, scheme)
-    searched = group_errors(weight, search_scales(weight, scheme), scheme).sum()
-    assert searched < 0.95 * group_errors(weight, fit_scales(weight, scheme), scheme).sum()
+    searched = group_errors(weight, search_scales(weight, FittedScheme(scheme)), scheme).sum()
+    assert searched < 0.95 * group_errors(weight, fit_scales(weight, FittedScheme(scheme)), scheme).sum()
 
 
 @numeric
@@ -112,7 +115,7 @@ def test_a_mirrored_weight_costs_the_same(weight: Tensor, scheme: Scheme) -> Non
     """The book may be mirrored too, so a weight and its negative are equally hard (zero points are searched once)."""
     if scheme.zero_point or (not scheme.format.has_zero and bool((weight == 0).any())):
         return  # without a zero in the book, 0 belongs to the positive side
-    errors = [group_errors(w, search_scales(w, scheme), scheme).sum(-1) for w in (weight, -weight)]
+    errors = [group_errors(w, search_scales(w, FittedScheme(scheme)), scheme).sum(-1) for w in (weight, -weight)]
     rounding = 1e-7 * group_sums(weight.double().square(), weight, scheme).sum(-1)
     assert (abs(errors[0] - errors[1]) <= 1e-4 * errors[0] + rounding + 1e-30).all()
 
@@ -120,10 +123,12 @@ def test_a_mirrored_weight_costs_the_same(weight: Tensor, scheme: Scheme) -> Non
 @pytest.mark.parametrize("kind", ["nf4-asym", "nf3-sym", "int3-sym"])
 def test_mirroring_helps_books_with_more_values_on_one_side(kind: str) -> None:
     weight, scheme = gaussian(64, 256), parse_scheme(f"{kind}-g64")
-    scales = search_scales(weight, scheme)
+    scales = search_scales(weight, FittedScheme(scheme))
     assert 0.2 < (scales.pos < 0).float().mean() < 0.8
     turned = torch.where(scales.pos < 0, -1.0, 1.0).repeat_interleave(64, 1)
-    again = search_scales(weight * turned, scheme)  # each group the way it prefers: nothing left to mirror
+    again = search_scales(
+        weight * turned, FittedScheme(scheme)
+    )  # each group the way it prefers: nothing left to mirror
     assert not bool((again.pos < 0).any())
 
 
@@ -156,7 +161,7 @@ def best_error(w: Floats, scheme: Scheme) -> float:
 def test_within_two_percent_of_brute_force_on_average(format: str, side: str, length: int) -> None:
     scheme = parse_scheme(f"{format}-{side}-g-1-float32")
     weight = gaussian(16, length, seed=length)
-    searched = group_errors(weight, search_scales(weight, scheme), scheme).sum(-1)[:, 0]
+    searched = group_errors(weight, search_scales(weight, FittedScheme(scheme)), scheme).sum(-1)[:, 0]
     best = np.array([best_error(w, scheme) for w in weight.double().numpy()])
     assert (searched / best).mean() <= 1.02
 
@@ -172,7 +177,9 @@ def test_columns_without_importance_do_not_count(kind: str) -> None:
     errors = []
     for factor in (0.0, -0.1, 0.5, 1.0):  # an outlier would stretch the range that is searched, on purpose: see RATIOS
         other = torch.where(importance == 0, weight * factor, weight)
-        errors.append(group_errors(other, search_scales(other, scheme, importance), scheme, importance).sum())
+        errors.append(
+            group_errors(other, search_scales(other, FittedScheme(scheme), importance), scheme, importance).sum()
+        )
     assert errors == pytest.approx([errors[0]] * len(errors), rel=0.05)
 
 
@@ -180,8 +187,8 @@ def test_columns_without_importance_do_not_count(kind: str) -> None:
 def test_importance_moves_the_error_to_where_it_matters_less(kind: str) -> None:
     weight, scheme = gaussian(32, 64), parse_scheme(f"{kind}-g64")
     importance = gaussian(64, seed=1) ** 4
-    weighed = group_errors(weight, search_scales(weight, scheme, importance), scheme, importance)
-    plain = group_errors(weight, search_scales(weight, scheme), scheme, importance)
+    weighed = group_errors(weight, search_scales(weight, FittedScheme(scheme), importance), scheme, importance)
+    plain = group_errors(weight, search_scales(weight, FittedScheme(scheme)), scheme, importance)
     assert weighed.sum() < 0.99 * plain.sum()
 
 
@@ -189,21 +196,24 @@ def test_importance_moves_the_error_to_where_it_matters_less(kind: str) -> None:
 @given(matrices(), SCHEMES, st.integers(-60, 60))
 def test_only_ratios_of_importance_matter(weight: Tensor, scheme: Scheme, exponent: int) -> None:
     importance = torch.linspace(0.5, 2, weight.shape[1])
-    once, scaled = (search_scales(weight, scheme, importance * factor) for factor in (1.0, 2.0**exponent))
+    once, scaled = (search_scales(weight, FittedScheme(scheme), importance * factor) for factor in (1.0, 2.0**exponent))
     assert torch.equal(once.pos, scaled.pos) and torch.equal(once.neg, scaled.neg)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_importance_is_none(kind: str) -> None:
     weight, scheme = gaussian(8, 20), parse_scheme(f"{kind}-g8")
-    plain, equal = search_scales(weight, scheme), search_scales(weight, scheme, torch.full((20,), 4.0))
+    plain, equal = (
+        search_scales(weight, FittedScheme(scheme)),
+        search_scales(weight, FittedScheme(scheme), torch.full((20,), 4.0)),
+    )
     assert torch.equal(plain.pos, equal.pos) and torch.equal(plain.neg, equal.neg)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_importance_anywhere_is_no_error(kind: str) -> None:
     weight, scheme = gaussian(4, 20), parse_scheme(f"{kind}-g8")
-    scales = search_scales(weight, scheme, torch.zeros(20))
+    scales = search_scales(weight, FittedScheme(scheme), torch.zeros(20))
     assert bool(torch.isfinite(scales.pos).all()) and bool((scales.pos > 0).all())
 
 
@@ -216,11 +226,11 @@ def test_groups_do_not_see_each_other(kind: str, weighed: bool) -> None:
     """Nor rows, and a short last group is a group like the others."""
     weight, scheme, span = gaussian(3, 20), parse_scheme(f"{kind}-g8"), 8
     columns = torch.linspace(0.5, 2, 20) if weighed else None
-    whole = search_scales(weight, scheme, columns)
+    whole = search_scales(weight, FittedScheme(scheme), columns)
     for row, line in enumerate(weight):
         for index, part in enumerate(line.split(span)):
             own = None if columns is None else columns.split(span)[index]
-            alone = search_scales(part[None], scheme, own)
+            alone = search_scales(part[None], FittedScheme(scheme), own)
             assert torch.equal(alone.pos[0, 0], whole.pos[row, index])
             assert torch.equal(alone.neg[0, 0], whole.neg[row, index])
 
@@ -240,4 +250,14 @@ def test_what_absmax_refuses_is_refused(bad: float) -> None:
     weight = gaussian(3, 9)
     weight[1, 8] = bad
     with pytest.raises(AfpqError):
-        search_scales(weight, parse_scheme("nf4-asym-g4"))
+        search_scales(weight, FittedScheme(parse_scheme("nf4-asym-g4")))
+
+
+def test_scales_are_found_by_the_search_that_is_named() -> None:
+    weight, fitted, importance = gaussian(4, 32), FittedScheme(parse_scheme("nf3-asym-g8")), gaussian(32).square()
+    assert torch.equal(find_scales(weight, fitted, "absmax", importance).pos, fit_scales(weight, fitted).pos)
+    searched = find_scales(weight, fitted, "mse", importance)
+    assert torch.equal(searched.pos, search_scales(weight, fitted, importance).pos)
+    assert not torch.equal(searched.pos, find_scales(weight, fitted, "mse").pos)
+    with pytest.raises(AfpqError, match="'best'"):
+        find_scales(weight, fitted, "best")

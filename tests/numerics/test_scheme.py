@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from afpq.errors import AfpqError
 from afpq.numerics.formats import FORMATS, Format, custom_format, parse_format
+from afpq.numerics.scale_storage import SCALE_STORAGES
 from afpq.numerics.scheme import Scheme, default_format, parse_scheme
 from afpq.recipe import Recipe
 
@@ -132,6 +133,13 @@ def test_skip_beats_override() -> None:
 def test_wrong_recipes_are_errors(wrong: dict[str, object]) -> None:
     with pytest.raises(AfpqError):
         Recipe(NF4, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SCALE_STORAGES)
+def test_every_storage_has_a_text_form(name: str) -> None:
+    scheme = Scheme(parse_format("nf4"), 32, scale_dtype=name)
+    assert parse_scheme(str(scheme)) == scheme and scheme.storage is SCALE_STORAGES[name]
+    assert str(scheme) == ("nf4-asym-g32" if name == "float16" else f"nf4-asym-g32-{name}")
 
 
 def test_default_formats_are_normal_floats_where_there_is_one() -> None:

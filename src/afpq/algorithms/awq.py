@@ -2,34 +2,29 @@
 """AWQ (arXiv 2306.00978): two searches that make a weight easier to round where its inputs are large.
 
 Channel scales: the columns of W that meet large inputs are multiplied by s > 1, and whatever produces those inputs is
-divided by s (`folds.py`). The function is the same, but the scaled columns round finer: a group's step hardly grows
-while their error shrinks by s. AWQ searches s = magnitude^alpha over alpha alone, since magnitudes say which matter.
+divided by s (`model/awq_folds.py`). The function is the same, but the scaled columns round finer: a group's step hardly
+grows while their error shrinks by s. AWQ searches s = magnitude^alpha over alpha alone, since magnitudes show which
+columns matter.
 
-Clips: a group's range is shrunk where the output gains more from finer steps than it loses by clipping, or widened a
-little where that suits the weights. The two sides of a group have a scale each (AFPQ) and meet in the output, so the
+Clips: a group's range is shrunk if the output gains more from finer steps than it loses by clipping, or widened a
+little if that lowers the error. The two sides of a group have a scale each (AFPQ) and meet in the output, so the
 best pair is searched, not each side for itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.numerics.groups import (
-    GroupScales,
-    decode_groups,
-    encode_groups,
-    extremes,
-    parts,
-    scales_from_range,
-    with_grid,
-)
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import decode_groups, encode_groups, extremes, parts
 from afpq.numerics.scale_search import RATIOS
-from afpq.numerics.scheme import Scheme
+from afpq.numerics.scales import scales_from_range
 
 SMALLEST, LARGEST = 1e-4, 1e4  # of channel scales: beyond, float16 weights and norms would lose digits
 CHUNK = 2**16  # weights clipped at a time: all their candidates, a few times over, are in memory
@@ -55,12 +50,12 @@ def search_channel_scales(
     quantize: Callable[[int, Tensor], Tensor],
     grid: int = 20,
 ) -> ChannelScales:
-    """Scales for the inputs that the weights, each float [out_i, in], have in common (arXiv 2306.00978, 3.2).
+    """Search scales for the inputs that the weights, each float [out_i, in], have in common (arXiv 2306.00978, 3.2).
 
     `magnitude` [in] is the mean |x| of every input. `quantize(i, w)` quantizes and dequantizes weight i, float32
-    [out_i, in], with its scheme. `loss(approximations)` tells what the weights' float32 stand-ins, which read the
-    unscaled inputs, do to the output; NaN counts as a loss of infinity. Raises AfpqError if `quantize` does so
-    without scaling; a candidate it refuses is passed over.
+    [out_i, in], with its scheme. `loss(approximations)` measures the output error of the weights' float32
+    approximations, applied to the unscaled inputs; NaN counts as a loss of infinity. Raises AfpqError if `quantize`
+    does so without scaling; a candidate that it raises AfpqError for is skipped.
     """
     weights = [w.float() for w in weights]
     before = loss([quantize(i, w) for i, w in enumerate(weights)])
@@ -77,7 +72,7 @@ def search_channel_scales(
 
 
 def _candidate(magnitude: Tensor, alpha: float) -> Tensor:
-    """magnitude^alpha, divided by the geometric mean of its extremes, so that ups and downs are in balance."""
+    """Return magnitude^alpha, divided by the geometric mean of its extremes, so that ups and downs are in balance."""
     m = magnitude.double().abs()
     live = m[torch.isfinite(m) & (m > 0)]
     if not len(live):
@@ -89,7 +84,7 @@ def _candidate(magnitude: Tensor, alpha: float) -> Tensor:
 
 
 def linear_loss(weights: list[Tensor], H: Tensor) -> Callable[[list[Tensor]], float]:
-    """The loss for `search_channel_scales` that needs no forward pass: the linears' own squared output error.
+    """Make the loss for `search_channel_scales` that needs no forward pass: the linears' own squared output error.
 
     `weights` float [out_i, in] and H = X^T X [in, in] of the unscaled inputs X: sum of tr((Q-W) H (Q-W)^T).
     """
@@ -101,18 +96,17 @@ def linear_loss(weights: list[Tensor], H: Tensor) -> Callable[[list[Tensor]], fl
     return loss
 
 
-def search_clips(W: Tensor, H: Tensor, scheme: Scheme, ratios: tuple[float, ...] = RATIOS) -> GroupScales:
-    """W float [rows, in], H = X^T X [in, in] up to a factor -> scales [rows, groups] of least output error.
+def search_clips(W: Tensor, H: Tensor, scheme: FittedScheme, ratios: tuple[float, ...] = RATIOS) -> GroupScales:
+    """Search scales [rows, groups] of least output error for W float [rows, in], H = X^T X [in, in] up to a factor.
 
     For each row and group, the error is e H_gg e^T with e = w - w_hat and H_gg the group's block of H. All pairs of
-    a positive and a negative ratio of the absmax scales are tried; where a group has one scale, or scale and zero
+    a positive and a negative ratio of the absmax scales are tried; if a group has one scale, or scale and zero
     point, one ratio for both ends. absmax is always among them, so the error is never larger than its own (up to
-    float32 rounding), and it stays where H teaches nothing. The method is AWQ's clipping (arXiv 2306.00978, released
+    float32 rounding), and it stays if H is zero or NaN. The method is AWQ's clipping (arXiv 2306.00978, released
     code), there with one ratio; each row costs 2 x ratios products with H_gg. Raises AfpqError as `fit_scales` does.
     """
     W, H = W.float(), H.float()
-    scheme = with_grid(W, scheme)
-    low, high = extremes(W, scheme)
+    low, high = extremes(W, scheme.scheme)
     best = scales_from_range(low, high, scheme)  # overwritten: results kept in pieces would fragment the memory
     shrink = torch.tensor([1.0, *(r for r in ratios if r != 1.0)], device=W.device)  # absmax first: it wins ties
     for columns, groups, length in parts(W.shape[1], scheme.span(W.shape[1])):
@@ -132,8 +126,8 @@ def search_clips(W: Tensor, H: Tensor, scheme: Scheme, ratios: tuple[float, ...]
     return best
 
 
-def _best(x: Tensor, H: Tensor, candidates: GroupScales, scheme: Scheme) -> GroupScales:
-    """x [groups, rows, length], H [groups, length, length], candidates [groups, rows, count] -> [groups, rows]."""
+def _best(x: Tensor, H: Tensor, candidates: GroupScales, scheme: FittedScheme) -> GroupScales:
+    """Choose the best of candidates [groups, rows, count] for x [groups, rows, length], H [groups, length, length]."""
     x = x[:, :, None]
     codes = encode_groups(x, candidates[..., None], scheme.format)
     E = x - decode_groups(codes, candidates[..., None], scheme.format.values)
@@ -149,16 +143,17 @@ def _best(x: Tensor, H: Tensor, candidates: GroupScales, scheme: Scheme) -> Grou
         pos, neg = pair // E.shape[2], pair % E.shape[2]
     best_pos = _pick(candidates.pos, pos)
     best_neg = _pick(candidates.neg, neg) if scheme.two_scales else best_pos
-    return GroupScales(best_pos, best_neg, None if candidates.zero is None else _pick(candidates.zero, pos))
+    zero = None if candidates.zero is None else _pick(candidates.zero, pos)
+    return replace(candidates, pos=best_pos, neg=best_neg, zero=zero)
 
 
 def _times(E: Tensor, H: Tensor) -> Tensor:
-    """E [groups, rows, candidates, length] times its group's H."""
+    """Multiply E [groups, rows, candidates, length] by its group's H."""
     return (E.flatten(1, 2) @ H).view(E.shape)
 
 
 def _lowest(error: Tensor) -> Tensor:
-    """Index of the smallest error along the last dimension, the first of equals; NaN never wins."""
+    """Return the index of the smallest error along the last dimension, the first of equals; NaN never wins."""
     return error.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(-1)
 
 

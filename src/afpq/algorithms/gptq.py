@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GPTQ (arXiv 2210.17323) for code books with two scales: round column by column, push each error to the right.
+"""GPTQ (arXiv 2210.17323) for codebooks with two scales: round column by column, push each error to the right.
 
 Names are the papers': W the weight [out, in], H = X^T X the inputs' second moment, Hinv its damped inverse with upper
 Cholesky factor U (Hinv = U^T U). What is done beyond the original:
@@ -7,23 +7,26 @@ Cholesky factor U (Hinv = U^T U). What is done beyond the original:
 - scales of a group are fitted when its turn comes, from weights already corrected (the original reads stale ones);
 - the order goes by importance, H's diagonal: whole groups first to last and columns inside a group ("group"), so that
   groups stay contiguous and no index is saved; "act" orders all columns and fixes the scales beforehand;
-- sweeps of coordinate descent follow, over codes and scales, on the same loss tr((Q-W) H (Q-W)^T): see `descent.py`;
+- sweeps of coordinate descent follow, over codes and scales, on the same loss tr((Q-W) H (Q-W)^T)
+  (`coordinate_descent.py`);
 - H that is not positive definite is damped more until it is, and one that cannot be is an error the caller handles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from afpq.algorithms.coordinate_descent import descend
-from afpq.algorithms.learned_codebooks import with_codebook
+from afpq.algorithms.scheme_fitting import fit_scheme
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.errors import AfpqError
-from afpq.numerics.groups import GroupScales, QuantizedWeight, fit_scales, nearest_groups, with_grid
-from afpq.numerics.scale_search import search_scales
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight, nearest_groups
+from afpq.numerics.scale_search import find_scales
 from afpq.numerics.scheme import Scheme
 
 BLOCK = 128  # columns corrected one by one before the rest of the matrix is, in one product
@@ -31,7 +34,7 @@ BLOCK = 128  # columns corrected one by one before the rest of the matrix is, in
 
 @dataclass(frozen=True)
 class Factor:
-    """Damped H, its U (see above), and the damping it took."""
+    """Damped H [in, in], its U [in, in] (see above), and the damping it took."""
 
     H: Tensor
     U: Tensor
@@ -39,11 +42,11 @@ class Factor:
 
 
 class SingularHessian(AfpqError):
-    """H holds NaN or Inf, or no damping makes it positive definite: there is nothing to learn from the inputs."""
+    """The error of an H that contains NaN or Inf, or that no damping makes positive definite."""
 
 
 def factorize(H: Tensor, damp: float, order: Tensor | None = None) -> Factor:
-    """H [in, in] -> its factor with rows and columns in `order`, float32.
+    """Factor H [in, in] with rows and columns in `order`, float32.
 
     Damping grows tenfold, up to the mean diagonal itself, until Cholesky succeeds. A dead input (zero diagonal)
     counts as independent of all others: its column is rounded to nearest. U comes from one Cholesky and one
@@ -71,28 +74,33 @@ def factorize(H: Tensor, damp: float, order: Tensor | None = None) -> Factor:
 
 
 def quantize_gptq(
-    W: Tensor, H: Tensor, scheme: Scheme, options: GptqOptions | None = None, scale_search: str = "mse"
+    W: Tensor,
+    H: Tensor,
+    scheme: Scheme | FittedScheme,
+    options: GptqOptions | None = None,
+    scale_search: str = "mse",
 ) -> tuple[QuantizedWeight, float]:
-    """W [out, in] float, H [in, in] = X^T X up to a factor -> (quantized weight, damping used).
+    """Quantize W [out, in] float, given H [in, in] = X^T X up to a factor: (quantized weight, damping used).
 
-    Raises SingularHessian (the caller may then round to nearest), and AfpqError for NaN or Inf in W.
+    A plain scheme is fitted to W first (`fit_scheme`). Raises SingularHessian (the caller may then round to nearest),
+    and AfpqError for NaN or Inf in W.
     """
-    columns = Columns(H, scheme, options or GptqOptions(), scale_search)
+    columns = Columns(H, scheme.span(len(H)), options or GptqOptions(), scale_search)
     W = W.float()
-    scheme = with_grid(W, with_codebook(W, scheme, scale_search, columns.importance))
-    return columns.solve(W, scheme), columns.factor.damp
+    fitted = fit_scheme(W, scheme, scale_search, columns.importance)
+    return columns.quantize_rows(W, fitted), columns.factor.damp
 
 
 class Columns:
-    """What GPTQ needs to know of a layer's inputs, for any rows: their order and turns, and the factor of H [in, in].
+    """The part of GPTQ that depends on a layer's inputs alone, for any rows: order and turns, and the factor of H.
 
-    Raises SingularHessian.
+    H is [in, in], `span` the columns of a full group. Raises SingularHessian.
     """
 
-    def __init__(self, H: Tensor, scheme: Scheme, options: GptqOptions, scale_search: str) -> None:
+    def __init__(self, H: Tensor, span: int, options: GptqOptions, scale_search: str) -> None:
         self.options, self.search = options, scale_search
         self.importance = H.diagonal().float().clamp(min=0)
-        self.span = scheme.span(len(H))
+        self.span = span
         groups = [slice(first, min(first + self.span, len(H))) for first in range(0, len(H), self.span)]
         self.count = len(groups)
         self.order, self.turns = _order(self.importance, groups, options.order)
@@ -100,19 +108,22 @@ class Columns:
         back = self.order.argsort()
         self.H = self.factor.H[back][:, back]  # damped
 
-    def solve(self, W: Tensor, scheme: Scheme) -> QuantizedWeight:
-        """W float32 [rows, in] -> codes and scales; `scheme` has its book and its grid."""
+    def quantize_rows(self, W: Tensor, scheme: FittedScheme) -> QuantizedWeight:
+        """Quantize W float32 [rows, in], with descent if the options have sweeps."""
         run = _Run(W[:, self.order].T.contiguous(), self.factor.U, self.importance[self.order], scheme, self.search)
         if self.options.order == "act":
-            run.fix_scales(_fit(W, self.importance, scheme, self.search))
+            run.fix_scales(find_scales(W, scheme, self.search, self.importance))
         for first, columns in self.turns:
-            run.solve(slice(first, first + len(columns)), columns, self.span)
+            run.round_turn(slice(first, first + len(columns)), columns, self.span)
         weight = run.result(self.order, self.count)
         return descend(W, self.H, weight, self.options.sweeps) if self.options.sweeps else weight
 
 
 def _order(importance: Tensor, groups: list[slice], order: str) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """(permutation of the columns, turns): a turn is (first position, columns), a group unless the order is "act"."""
+    """Return (permutation of the columns, turns).
+
+    A turn is (first position, columns), a group unless the order is "act".
+    """
     if order == "act":
         columns = importance.argsort(descending=True, stable=True)
         return columns, [(first, columns[first : first + BLOCK]) for first in range(0, len(columns), BLOCK)]
@@ -127,33 +138,31 @@ def _order(importance: Tensor, groups: list[slice], order: str) -> tuple[Tensor,
     return torch.cat(members), list(zip(firsts, members))
 
 
-def _fit(weight: Tensor, importance: Tensor, scheme: Scheme, search: str) -> GroupScales:
-    return fit_scales(weight, scheme) if search == "absmax" else search_scales(weight, scheme, importance)
-
-
 class _Run:
     """The column loop. Wt is the reordered weight transposed, [in, out], so that a column is contiguous."""
 
-    def __init__(self, Wt: Tensor, U: Tensor, importance: Tensor, scheme: Scheme, search: str) -> None:
+    def __init__(self, Wt: Tensor, U: Tensor, importance: Tensor, scheme: FittedScheme, search: str) -> None:
         self.Wt, self.U, self.importance = Wt, U, importance
         self.scheme, self.search = scheme, search
         self.codes = torch.empty(Wt.shape, dtype=torch.uint8, device=Wt.device)
         self.scales: dict[int, GroupScales] = {}
 
     def fix_scales(self, scales: GroupScales) -> None:
+        """Take scales [rows, groups] instead of fitting each group's when its turn comes."""
         self.scales = {group: scales[:, group] for group in range(scales.pos.shape[1])}
 
-    def solve(self, turn: slice, columns: Tensor, span: int) -> None:
+    def round_turn(self, turn: slice, columns: Tensor, span: int) -> None:
         """Round the columns of a turn, whose places in W are `columns`, and correct everything behind it."""
         owners = (columns // span).tolist()
         if owners[0] not in self.scales:  # a group whose turn begins: all corrections have reached it
-            one = replace(self.scheme, group_size=-1)
-            fitted = _fit(self.Wt[turn].T.contiguous(), self.importance[turn], one, self.search)
-            self.scales[owners[0]] = fitted[:, 0]
+            one_group = self.scheme.with_group_size(-1)
+            found = find_scales(self.Wt[turn].T.contiguous(), one_group, self.search, self.importance[turn])
+            self.scales[owners[0]] = found[:, 0]
         for first in range(turn.start, turn.stop, BLOCK):
-            self._solve_block(first, min(first + BLOCK, turn.stop), owners[first - turn.start :])
+            self._round_block(first, min(first + BLOCK, turn.stop), owners[first - turn.start :])
 
-    def _solve_block(self, first: int, end: int, owners: list[int]) -> None:
+    def _round_block(self, first: int, end: int, owners: list[int]) -> None:
+        """Round columns [first, end), whose groups are `owners`, and correct everything behind them."""
         block, U = self.Wt[first:end], self.U[first:end, first:end]
         errors = torch.empty_like(block)
         exact = {owner: self.scales[owner].float() for owner in set(owners)}
@@ -167,10 +176,8 @@ class _Run:
         self.Wt[end:].addmm_(self.U[first:end, end:].T, errors, alpha=-1)
 
     def result(self, order: Tensor, groups: int) -> QuantizedWeight:
+        """Return the weight with its columns back in place."""
         codes = torch.empty_like(self.codes)
         codes[order] = self.codes
-        parts = [self.scales[group] for group in range(groups)]
-        pos = torch.stack([s.pos for s in parts], 1)
-        neg = torch.stack([s.neg for s in parts], 1) if self.scheme.two_scales else pos
-        zero = torch.stack([s.zero for s in parts if s.zero is not None], 1) if self.scheme.zero_point else None
-        return QuantizedWeight(codes.T.contiguous(), GroupScales(pos, neg, zero), self.scheme)
+        scales = GroupScales.stack([self.scales[group] for group in range(groups)], 1)
+        return QuantizedWeight(codes.T.contiguous(), scales, self.scheme.scheme)

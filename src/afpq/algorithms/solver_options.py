@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a solver can be told, as values: checked once, saved with a result, made into options of the command line."""
+"""Options of solvers as values: checked once, saved with a result, made into options of the command line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ ORDERS = ("group", "act", "none")
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """`damp`: share of the Hessian's mean diagonal added to it. `order` of the columns: "group" (whole groups by
-    importance, columns by importance inside), "act" (all columns, scales fixed beforehand) or "none". `sweeps` of
-    coordinate descent afterwards. `float_target`: aim at the float model's outputs instead of repeating the errors of
-    earlier layers. `sequential`: a layer sees the quantized layers before it inside its block too.
+    """The options of GPTQ.
+
+    - `damp`: share of the Hessian's mean diagonal added to it, between 0 and 1
+    - `order` of the columns: "group" (whole groups by importance, columns by importance inside), "act" (all columns,
+      scales fixed beforehand) or "none"
+    - `sweeps` of coordinate descent afterwards
+    - `float_target`: aim at the float model's outputs instead of repeating the errors of earlier layers
+    - `sequential`: a layer sees the quantized layers before it inside its block too
+
+    Raises AfpqError for a value out of range.
     """
 
     damp: float = 0.01

@@ -8,14 +8,15 @@ there). So the model is run around its blocks once more, with what left the last
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from afpq.algorithms import with_codebook
+from afpq.algorithms import fit_scheme
 from afpq.algorithms.rtn import quantize_named
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations, batch_size
@@ -23,13 +24,21 @@ from afpq.calibration.round_units import LayerLog
 from afpq.calibration.stages import Moments, input_of
 from afpq.checkpoint.plan import Plan, Target
 from afpq.model.blocks import Block
-from afpq.numerics.groups import QuantizedWeight, with_grid
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import to_tensors
 from afpq.recipe import Recipe
 
 PART = 2**26  # weights of a head solved at a time: as many as a large layer of a block has
-Solver = Callable[[Tensor, Moments | None, Target, Recipe], tuple[QuantizedWeight, LayerLog]]
 WHOLE = BlockCall((), {"use_cache": False}, False)
+
+
+class Solver(Protocol):
+    """`solve_layer`, by a scheme that is fitted already."""
+
+    def __call__(
+        self, W: Tensor, moments: Moments | None, target: Target, recipe: Recipe, /, *, fitted: FittedScheme
+    ) -> tuple[QuantizedWeight, LayerLog]: ...
 
 
 def fill_outside(model: PreTrainedModel, blocks: list[Block], plan: Plan, head: bool = True) -> None:
@@ -121,15 +130,16 @@ def solve_in_parts(
     """
     diagonal = moments.H.diagonal().to(W.device)
     importance = diagonal if bool(diagonal.isfinite().all()) and bool(diagonal.max() > 0) else None
-    scheme = with_grid(W, with_codebook(W, target.scheme, recipe.search, importance))
-    target = dataclasses.replace(target, scheme=scheme)
+    fitted = fit_scheme(W, target.scheme, recipe.search, importance)
+    target = dataclasses.replace(target, scheme=fitted.scheme)
     height = max(8, PART // W.shape[1] // 8 * 8)  # whole bytes of zero points
     tensors: dict[str, list[Tensor]] = {}
     logs: list[LayerLog] = []
     weights, outputs = [], []
     for first in range(0, len(W), height):
         part = W[first : first + height].to(moments.H.device, torch.float32)
-        solved, log = solver(part, moments, dataclasses.replace(target, shape=(len(part), W.shape[1])), recipe)
+        rows = dataclasses.replace(target, shape=(len(part), W.shape[1]))
+        solved, log = solver(part, moments, rows, recipe, fitted=fitted)
         for name, tensor in to_tensors(solved).items():
             tensors.setdefault(name, []).append(tensor.cpu())
         logs.append(log)

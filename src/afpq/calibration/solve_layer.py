@@ -22,16 +22,24 @@ from afpq.calibration.round_units import LayerLog
 from afpq.calibration.stages import Moments
 from afpq.checkpoint.plan import Target
 from afpq.errors import AfpqError
+from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.groups import QuantizedWeight, encode, relative_error
+from afpq.numerics.scheme import Scheme
 from afpq.recipe import METHODS, Recipe
 
 
 def solve_layer(
-    W: Tensor, moments: Moments | None, target: Target, recipe: Recipe, G: Tensor | None = None
+    W: Tensor,
+    moments: Moments | None,
+    target: Target,
+    recipe: Recipe,
+    G: Tensor | None = None,
+    fitted: FittedScheme | None = None,
 ) -> tuple[QuantizedWeight, LayerLog]:
     """One weight by the recipe's solver; rounded to nearest, with a note, where its inputs teach nothing.
 
     G [out, out], the gradients' second moment, is for guided methods: by GPTQ, with a note, where there is none.
+    `fitted` is the target's scheme if it is settled already, as for one of a weight's parts.
 
     Raises AfpqError naming the tensor for NaN or Inf in the weight.
     """
@@ -43,11 +51,12 @@ def solve_layer(
         method, note, G = "gptq", "no gradients reach it; by GPTQ", None
     with named(target.tensor):
         importance = None if moments is None else _importance(moments)
-        nearest = quantize_rtn(W, target.scheme, recipe.search, importance)
+        scheme = fitted or target.scheme
+        nearest = quantize_rtn(W, scheme, recipe.search, importance)
         solved = nearest
         if moments is not None:
             try:
-                solved, damp, before, after = _solve_on_moments(W, moments, target, recipe, nearest, G)
+                solved, damp, before, after = _solve_on_moments(W, moments, scheme, recipe, nearest, G)
             except SingularHessian as error:
                 method, note = "rtn", f"{error}; rounded to nearest"
     log = LayerLog(
@@ -77,7 +86,12 @@ def _usable(G: Tensor | None) -> bool:
 
 
 def _solve_on_moments(
-    W: Tensor, moments: Moments, target: Target, recipe: Recipe, nearest: QuantizedWeight, G: Tensor | None
+    W: Tensor,
+    moments: Moments,
+    scheme: Scheme | FittedScheme,
+    recipe: Recipe,
+    nearest: QuantizedWeight,
+    G: Tensor | None,
 ) -> tuple[QuantizedWeight, float | None, float, float]:
     """(weight, damping, relative output error of rounding to nearest, and of this), against the outputs aimed at.
 
@@ -90,13 +104,12 @@ def _solve_on_moments(
         if moments.D is not None and recipe.gptq.float_target:
             wanted = toward_float_outputs(W, H, moments.D, recipe.gptq.damp)
         if G is not None:
-            solved, damp = quantize_guided(wanted, H, G, target.scheme, recipe.gptq, recipe.search)
+            solved, damp = quantize_guided(wanted, H, G, scheme, recipe.gptq, recipe.search)
         else:
-            solved, damp = quantize_gptq(wanted, H, target.scheme, recipe.gptq, recipe.search)
+            solved, damp = quantize_gptq(wanted, H, scheme, recipe.gptq, recipe.search)
     elif recipe.search == "mse":
-        scheme = nearest.scheme
-        scales = search_clips(W, H, scheme)
-        solved = QuantizedWeight(encode(W, scales, scheme), scales, scheme)
+        scales = search_clips(W, H, nearest.fitted)
+        solved = QuantizedWeight(encode(W, scales, nearest.scheme), scales, nearest.scheme)
     else:
         solved = nearest
     total = _loss(wanted, H, G)

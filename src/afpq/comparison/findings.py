@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from afpq.comparison.cells import Cell, Result
-from afpq.numerics.formats import parse_format
+from afpq.numerics.formats import INTEGERS
 from afpq.numerics.scheme import Scheme
 
 SURE = 2.0  # standard errors
@@ -89,7 +89,7 @@ def pairs(results: Sequence[Result]) -> list[Pair]:
             found.append(Pair("one scale, half the group", result, by_cell.get(wanted), wanted))
         zero_points = [r for r in results if _is_zero_point(r.cell, result.cell.method, scheme)]
         nearest = min(zero_points, key=lambda r: abs(r.bits_per_weight - result.bits_per_weight), default=None)
-        integer = replace(scheme, format=parse_format(f"int{scheme.format.bits}"))
+        integer = replace(scheme, format=INTEGERS[scheme.format.bits])
         named = Cell(str(integer), result.cell.method)
         found.append(Pair("scale and zero point", result, nearest, nearest.cell if nearest else named))
     return found

@@ -26,7 +26,7 @@ from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.reader import Checkpoint, open_checkpoint
 from afpq.errors import AfpqError
 from afpq.model.skeleton import build_skeleton
-from afpq.numerics.formats import FORMATS
+from afpq.numerics.formats import INTEGERS, NORMAL_FLOATS
 from afpq.numerics.groups import extremes, relative_error
 from afpq.numerics.packing import layout, spec_bytes
 from afpq.numerics.scheme import Scheme
@@ -65,8 +65,9 @@ class InspectSettings:
     scale_search: str = "absmax"
 
     def __post_init__(self) -> None:
-        if not self.bits or any(f"nf{bits}" not in FORMATS for bits in self.bits):
-            raise AfpqError(f"bits {', '.join(map(str, self.bits)) or 'none'}; possible: 2, 3, 4")
+        if not self.bits or any(bits not in NORMAL_FLOATS for bits in self.bits):
+            possible = ", ".join(map(str, sorted(NORMAL_FLOATS)))
+            raise AfpqError(f"bits {', '.join(map(str, self.bits)) or 'none'}; possible: {possible}")
         if self.group_size < 2 or self.group_size % 2:
             raise AfpqError(f"group size {self.group_size}: half of it is compared too; give an even number")
         if any(count is not None and count < 1 for count in (self.rows, self.layers)):
@@ -76,7 +77,7 @@ class InspectSettings:
 
     def rivals(self, bits: int) -> Rivals:
         """The four schemes that are compared at this width."""
-        nf, integer, size = FORMATS[f"nf{bits}"], FORMATS[f"int{bits}"], self.group_size
+        nf, integer, size = NORMAL_FLOATS[bits], INTEGERS[bits], self.group_size
         return Rivals(Scheme(nf, size), Scheme(nf, size, True), Scheme(nf, size // 2, True), Scheme(integer, size))
 
     @property

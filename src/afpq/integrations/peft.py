@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -211,7 +211,7 @@ def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     The old scales suit a weight that has hardly changed: all its other values lie on their grid already.
     """
     kept = QuantizedWeight(encode(weight, old.scales, old.scheme), old.scales, old.scheme)
-    searched = quantize_rtn(weight, replace(old.scheme, grid=None), "mse")
+    searched = quantize_rtn(weight, old.scheme, "mse")
     return min(kept, searched, key=lambda rounded: (rounded.dequantize() - weight).square().sum().item())
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from afpq.checkpoint.reader import Checkpoint
 from afpq.errors import AfpqError
 from afpq.numerics.formats import FORMATS, Format, custom_format
-from afpq.numerics.groups import GroupScales, QuantizedWeight
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.scheme import Scheme
 
 STATE = ".quant_state.bitsandbytes__"
@@ -162,7 +163,7 @@ def read_weight(checkpoint: Checkpoint, weight: BnbWeight, scheme: Scheme) -> Qu
     if scheme.format.has_zero and bool(empty.any()):
         codes[empty.repeat_interleave(weight.group_size, -1)] = scheme.format.values.index(0.0)
         scales = torch.where(empty, 1.0, scales)
-    saved = scales.to(getattr(torch, scheme.scale_dtype))
+    saved = scales.to(scheme.storage.dtype)
     if not bool(torch.isfinite(saved).all()):
         raise AfpqError(f"tensor {weight.tensor}.absmax: {float(scales.max()):.4g} is too large for float16 scales")
     return QuantizedWeight(codes, GroupScales(saved, saved), scheme)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
 from afpq.errors import AfpqError
 from afpq.model.linear import AfpqLinear
 from afpq.model.tensor_part import TensorPart
-from afpq.numerics.groups import GroupScales, QuantizedWeight, decode
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import QuantizedWeight, decode
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scales import round_to_storage
 
@@ -85,9 +86,9 @@ class _Scales:
     def rounded(self) -> GroupScales:
         """As they would be saved, signs kept."""
         sizes = [side.abs() * move.exp() for side, move in zip(self.sides, self.moves)]
-        saved = [_rounded(size, round_to_storage(size.detach(), self.weight.scheme, saturate=True)) for size in sizes]
+        saved = [_rounded(size, round_to_storage(size.detach(), self.weight.fitted, saturate=True)) for size in sizes]
         signed = [size * side.sign() for size, side in zip(saved, self.sides)]
-        return GroupScales(signed[0], signed[-1], self.weight.scales.zero)
+        return replace(self.weight.scales, pos=signed[0], neg=signed[-1])
 
     def matrix(self) -> Tensor:
         """[out, in] float32, differentiable in the moves."""
@@ -98,9 +99,9 @@ class _Scales:
     def tensors(self) -> dict[str, Tensor]:
         """The saved tensors of the scales as they are now."""
         with torch.no_grad():
-            new, old = self.rounded(), self.weight
-            pos, neg = (side.to(old.scales.pos.dtype) for side in (new.pos, new.neg))
-            found = to_tensors(QuantizedWeight(old.codes, GroupScales(pos, neg, new.zero), old.scheme))
+            dtype = self.weight.scales.pos.dtype
+            new = self.rounded().map(lambda side: side.to(dtype))
+            found = to_tensors(QuantizedWeight(self.weight.codes, new, self.weight.scheme))
         return {name: tensor for name, tensor in found.items() if name.startswith("scales")}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from afpq.algorithms import quantize_rtn, with_codebook
+from afpq.algorithms import fit_scheme, quantize_rtn
 from afpq.algorithms.guided_gptq import PARTS
 from afpq.calibration.head_inputs import PART
 from afpq.calibration.hidden_states import BATCH_TOKENS
@@ -143,7 +143,7 @@ def _learning(plan: Plan) -> float:
     if not learned:
         return 0.0
     count = len(learned) * (2 if METHODS[plan.recipe.method].solver == "gptq" else 1)
-    return count * _WEIGHT.numel() / _rate(lambda: with_codebook(_WEIGHT, learned[0], plan.recipe.search))
+    return count * _WEIGHT.numel() / _rate(lambda: fit_scheme(_WEIGHT, learned[0], plan.recipe.search))
 
 
 def _rate(work: Callable[[], object]) -> float:

@@ -33,7 +33,7 @@ from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe
 from afpq.version import __version__
 
-SCALE_DTYPES = ("float16", "float32")
+SCALE_DTYPES = ("float16", "float32")  # rows of SCALE_STORAGES that hold absmax values as they are
 
 
 @dataclass(frozen=True)

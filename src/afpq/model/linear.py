@@ -13,7 +13,7 @@ from afpq import kernels
 from afpq.errors import AfpqError
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import from_tensors, layout, to_tensors
-from afpq.numerics.scales import check_scales_finite
+from afpq.numerics.scale_storage import check_scales_finite
 from afpq.numerics.scheme import Scheme
 
 
@@ -25,7 +25,7 @@ class PackedModule(nn.Module):
     """A matrix [rows, columns] stored as its scheme says, in buffers.
 
     Buffers are named, shaped and typed by `packing.layout`: `qweight` and `scales_pos` + `scales_neg`, `scales`, or
-    `scales` + `zeros`, and `scale_grid` where scales are bytes. Scales keep their dtype under `.to(dtype)` and
+    `scales` + `zeros`, and `scale_grid` if their storage needs one. Scales keep their dtype under `.to(dtype)` and
     `.half()`: they are storage, not arithmetic.
     """
 

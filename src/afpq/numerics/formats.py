@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Code books as data: a format is a name and an ascending list of values; code i stands for values[i].
+"""Codebooks as data: a format is a name and an ascending list of values; code i stands for values[i].
 
-nf4 and nf3 are the books of AFPQ (arXiv 2311.01792, appendix A), nf4 being bitsandbytes' NF4; nf2 is the same
-construction at two bits (`tests/test_formats.py` rebuilds all three from quantiles of the normal distribution).
-fp4 is E2M1 and fp3 E2M0, without infinities: 15 and 7 values, one code spare. A learned format stands for a book that
-each weight gets of its own (`algorithms/books.py`); until then its values are those of nf, from which learning starts.
+nf4 and nf3 are the codebooks of AFPQ (arXiv 2311.01792, appendix A), nf4 being bitsandbytes' NF4; nf2 is the same
+construction at two bits (`tests/numerics/test_formats.py` rebuilds all three from quantiles of the normal
+distribution). fp4 is E2M1 and fp3 E2M0, without infinities: 15 and 7 values, one code spare. A learned format stands
+for a codebook fitted to each weight (`algorithms/learned_codebooks.py`); until then its values are those of nf, from
+which the fit starts.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from itertools import pairwise
 
 from afpq.errors import AfpqError
 
-BITS = (2, 3, 4, 8)  # what packing.py can store
-TEXT_BYTES = len("-0.502:")  # of a value of a learned book in config.json
+BITS = (2, 3, 4, 8)  # widths of a stored code; `packing.py` stores any width up to 8
+TEXT_BYTES = len("-0.502:")  # of a value of a learned codebook in config.json
 _CUSTOM = "lut:"
 
 
 @dataclass(frozen=True)
 class Format:
-    """A code book: code i stands for `values[i]`; values strictly ascend and lie on both sides of zero.
+    """A codebook: code i stands for `values[i]`; values strictly ascend and lie on both sides of zero.
 
-    `integer` marks evenly spaced books, whose asymmetric form is a scale and a zero point instead of two scales.
-    `learned`: every weight is to get a book of its own in this one's place. `name` is the text form and parses back to
-    an equal format (`parse_format`).
+    `integer` marks evenly spaced codebooks, whose asymmetric form is a scale and a zero point instead of two scales.
+    `learned`: every weight is to get a codebook of its own in this one's place. `name` is the text form and parses back
+    to an equal format (`parse_format`). Raises AfpqError for values that do not fit this, or more than 256.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Bits of a stored code: the smallest of 2, 3, 4, 8 that can count the values."""
+        """Bits of a stored code: the smallest of `BITS` that can count the values."""
         return next(bits for bits in BITS if len(self.values) <= 2**bits)
 
     @property
@@ -62,12 +63,12 @@ class Format:
 
     @property
     def start(self) -> Format:
-        """Of a learned format the one that learning starts from; any other itself."""
-        return FORMATS[f"nf{self.bits}"] if self.learned else self
+        """The format that the fit of a learned one starts from; any other format itself."""
+        return NORMAL_FLOATS[self.bits] if self.learned else self
 
     @property
     def codebook_bytes(self) -> int:
-        """What saving the book itself takes: nothing where its name says it, else the text of each value."""
+        """Bytes that saving the codebook itself takes: none if its name stands for it, else the text of each value."""
         return len(self.values) * TEXT_BYTES if self.learned or self.name.startswith(_CUSTOM) else 0
 
     def __str__(self) -> str:
@@ -75,9 +76,9 @@ class Format:
 
 
 def repeated_codebook_bytes(formats: Iterable[Format]) -> int:
-    """Bytes that `codebook_bytes` counts once too often for each further weight of the same book.
+    """Count the bytes that `codebook_bytes` counts once too often for each further weight of the same codebook.
 
-    `formats` are those of all weights; a learned one stands for another book every time.
+    `formats` are those of all weights; a learned one stands for another codebook every time.
     """
     counts = Counter(format for format in formats if not format.learned)
     return sum((count - 1) * format.codebook_bytes for format, count in counts.items())
@@ -114,11 +115,17 @@ FORMATS = {
         *(_integer(bits) for bits in BITS),
     )
 }
-LEARNED = {f"learned{b}": Format(f"learned{b}", v, learned=True) for b, v in ((2, _NF2), (3, _NF3), (4, _NF4))}
+NORMAL_FLOATS = {format.bits: format for format in FORMATS.values() if format.name.startswith("nf")}  # by width
+INTEGERS = {format.bits: format for format in FORMATS.values() if format.integer}  # by width
+LEARNED = {
+    name: Format(name, NORMAL_FLOATS[bits].values, learned=True)
+    for bits in sorted(NORMAL_FLOATS)
+    for name in [f"learned{bits}"]
+}
 
 
 def custom_format(values: tuple[float, ...] | list[float]) -> Format:
-    """A format of your own values, sorted here; its name, `lut:v0:v1:...`, carries them exactly.
+    """Make a format of your own values, sorted here; its name, `lut:v0:v1:...`, contains them exactly.
 
     Raises AfpqError for duplicates, non-finite or one-sided values, or more than 256 of them.
     """
@@ -127,7 +134,7 @@ def custom_format(values: tuple[float, ...] | list[float]) -> Format:
 
 
 def parse_format(name: str) -> Format:
-    """`nf4`, `learned3`, ... or `lut:-1:-0.3:0:0.4:1` -> Format. Raises AfpqError that lists the known names."""
+    """Parse `nf4`, `learned3`, ... or `lut:-1:-0.3:0:0.4:1`. Raises AfpqError that lists the known names."""
     known = FORMATS | LEARNED
     if name in known:
         return known[name]

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""All rounding in the library: weights -> scales, codes -> weights.
+"""All rounding of weights in the library: weights and scales -> codes, codes and scales -> weights.
 
-For a group w with code book c (arXiv 2311.01792, algorithm 1):
+For a group w with codebook c (arXiv 2311.01792, algorithm 1):
 
     s_pos = max(w, 0) / c_max        s_neg = -min(w, 0) / |c_min|
-    code  = nearest value to w / s_pos where w >= 0, to w / s_neg where w < 0; a tie takes the lower value
+    code  = nearest value to w / s_pos if w >= 0, to w / s_neg if w < 0; a tie takes the lower value
             (integers: the even code, as the authors' torch.round does)
     back  = value * (s_pos if value >= 0 else s_neg)
 
-Symmetric: both scales are the larger one. Integers divide by half the book's range when symmetric, and have a scale
-and a zero point when asymmetric: back = s * (value[code] - value[zero]).
+Symmetric: both scales are the larger one. Integers divide by half the codebook's range when symmetric, and have a scale
+and a zero point when asymmetric: back = s * (value[code] - value[zero]). `scales.py` fits the scales.
 
-What the authors' code lacks: a side without weights borrows the other side's scale; an all-zero group has scale 1;
+What the authors' code lacks: a side without weights takes the other side's scale; an all-zero group has scale 1;
 stored scales never underflow to zero; a row's last group may be short; NaN, Inf and overflow are errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -26,51 +26,77 @@ import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
+from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.formats import Format
-from afpq.numerics.scales import fit_grid, round_to_storage
+from afpq.numerics.group_scales import GroupScales
 from afpq.numerics.scheme import Scheme
 
 FEW = 1024  # numbers that are compared with all midpoints at once, since calls take longer than their work
 
 
 @dataclass(frozen=True)
-class GroupScales:
-    """Scales of groups, all of one shape [..., groups], in the dtype they are stored in, or float32 on a grid.
-
-    Both are negative where the group's code book is mirrored. `neg` is `pos` itself unless the scheme has two scales;
-    `zero` (uint8 codes) exists for zero-point schemes only.
-    """
-
-    pos: Tensor
-    neg: Tensor
-    zero: Tensor | None = None
-
-    def float(self) -> GroupScales:
-        pos = self.pos.float()
-        return GroupScales(pos, pos if self.neg is self.pos else self.neg.float(), self.zero)
-
-    def __getitem__(self, index: object) -> GroupScales:
-        pos = self.pos[index]  # type: ignore[index]
-        neg = pos if self.neg is self.pos else self.neg[index]  # type: ignore[index]
-        return GroupScales(pos, neg, None if self.zero is None else self.zero[index])  # type: ignore[index]
-
-
-@dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as codes (uint8 [out, in]) and scales ([out, groups]); `dequantize` gives the matrix back."""
+    """A weight [out, in] as codes and scales.
+
+    - `codes`: uint8 [out, in], each < 2^bits, `bits` being those of the scheme's format; a code without a value, which
+      only a damaged file contains, stands for 0
+    - `scales`: `pos` and `neg` [out, groups] in the `memory_dtype` of the scheme's storage, finite and not zero; one
+      tensor unless the scheme has two scales
+    - `scales.zero`: uint8 [out, groups], codes of the format, exactly if the scheme has zero points
+    - `scales.grid`: exactly if the scheme's storage needs one
+    - `scheme`: its format is not `learned`
+    - reconstruction, with v the format's values, g the group of a column, s the scales and z the zero points:
+      w[o, i] = v[codes[o, i]] * (s.pos[o, g] if v[codes[o, i]] >= 0 else s.neg[o, g]), or with zero points
+      w[o, i] = (v[codes[o, i]] - v[z[o, g]]) * s.pos[o, g]; products are taken in float32
+
+    Nothing is checked until `validate` is called.
+    """
 
     codes: Tensor
     scales: GroupScales
     scheme: Scheme
 
+    @property
+    def fitted(self) -> FittedScheme:
+        """The scheme together with the grid of these scales. Raises AfpqError if they do not fit each other."""
+        return FittedScheme(self.scheme, self.scales.grid)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[out, in] in `dtype`; the product of value and scale is taken in float32."""
+        """Return the matrix, [out, in] in `dtype`; the product of value and scale is taken in float32."""
         values = self.scheme.format.values
         return decode(self.codes, self.scales, values, self.scheme.span(self.codes.shape[-1])).to(dtype)
 
+    def validate(self) -> None:
+        """Check the conditions above. Raises AfpqError naming the first that does not hold. Reads all codes once."""
+        fitted, scales, format = self.fitted, self.scales, self.scheme.format
+        _check("codes", self.codes, torch.uint8, None)
+        if self.codes.numel() and int(self.codes.max()) >= 2**format.bits:
+            raise AfpqError(f"codes: {int(self.codes.max())} does not fit {format.bits} bits")
+        shape = (len(self.codes), fitted.groups(self.codes.shape[1]))
+        for name, side in (("scales.pos", scales.pos), ("scales.neg", scales.neg)):
+            _check(name, side, fitted.storage.memory_dtype, shape)
+            if not bool((torch.isfinite(side.float()) & (side.float() != 0)).all()):
+                raise AfpqError(f"{name}: contains zero, NaN or Inf")
+        if not fitted.two_scales and scales.neg is not scales.pos:
+            raise AfpqError(f"scales.neg: {self.scheme} has one scale for both signs")
+        if fitted.zero_point != (scales.zero is not None):
+            raise AfpqError(f"scales.zero: {self.scheme} has {'' if fitted.zero_point else 'no '}zero points")
+        if scales.zero is not None:
+            _check("scales.zero", scales.zero, torch.uint8, shape)
+            if scales.zero.numel() and int(scales.zero.max()) >= len(format.values):
+                raise AfpqError(f"scales.zero: {int(scales.zero.max())} is no code of {format}")
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int] | None) -> None:
+    """Raise AfpqError unless the tensor has this dtype and shape; None is any matrix."""
+    fits = tensor.dim() == 2 if shape is None else tensor.shape == shape
+    if tensor.dtype != dtype or not fits:
+        expected = "[out, in]" if shape is None else list(shape)
+        raise AfpqError(f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {expected} {dtype}")
+
 
 def parts(in_features: int, span: int) -> Iterator[tuple[slice, slice, int]]:
-    """(columns, groups, group length) of the full groups of a row, then of its shorter last group if it has one."""
+    """Yield (columns, groups, group length) of a row's full groups, then of its shorter last group if it has one."""
     full = in_features // span
     if full:
         yield slice(0, full * span), slice(0, full), span
@@ -78,29 +104,8 @@ def parts(in_features: int, span: int) -> Iterator[tuple[slice, slice, int]]:
         yield slice(full * span, in_features), slice(full, full + 1), in_features - full * span
 
 
-def fit_scales(weight: Tensor, scheme: Scheme) -> GroupScales:
-    """float32 [rows, in] -> scales [rows, groups] that just reach each group's extremes (the paper's, "absmax").
-
-    A scheme with a grid needs it fitted (`with_grid`). Raises AfpqError for NaN or Inf, and for weights beyond what
-    the scales' storage can reach.
-    """
-    low, high = extremes(weight, scheme)
-    return scales_from_range(low, high, scheme)
-
-
-def with_grid(weight: Tensor, scheme: Scheme) -> Scheme:
-    """The scheme, its grid fitted to a weight [rows, in] if it stores scales on one. Raises as `fit_scales`."""
-    if scheme.scale_dtype != "log8" or scheme.grid is not None:
-        return scheme
-    parts_of_rows = weight.split(max(1, 2**22 // weight.shape[-1]))  # a float copy of a head would take gigabytes
-    low, high = map(torch.cat, zip(*(extremes(part.float(), scheme) for part in parts_of_rows)))
-    wide = scales_from_range(low, high, replace(scheme, scale_dtype="float32"))
-    seen = [torch.where(side > 0, scale.float(), 0) for side, scale in ((high, wide.pos), (low, wide.neg))]
-    return fit_grid(scheme, torch.stack(seen))
-
-
 def extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(-min(w, 0), max(w, 0)) of every group, both >= 0, [rows, groups]. Raises AfpqError for NaN or Inf."""
+    """Return (-min(w, 0), max(w, 0)) of every group, both >= 0, [rows, groups]. Raises AfpqError for NaN or Inf."""
     lows, highs = [], []
     for columns, _, length in parts(weight.shape[-1], scheme.span(weight.shape[-1])):
         groups = weight[:, columns].unflatten(-1, (-1, length))
@@ -112,31 +117,8 @@ def extremes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def scales_from_range(low: Tensor, high: Tensor, scheme: Scheme, saturate: bool = False) -> GroupScales:
-    """Scales whose grid spans [-low, high] of each group; low, high >= 0. See `round_to_storage` for `saturate`."""
-    book = scheme.format.values
-    if scheme.zero_point:
-        width = book[-1] - book[0]
-        pos = round_to_storage(low / width + high / width, scheme, saturate)  # the sum of both could overflow
-        zero = torch.round(low / pos.float()).clamp_(0, len(book) - 1).to(torch.uint8)
-        return GroupScales(pos, pos, zero)
-    if scheme.format.integer:
-        pos = round_to_storage(torch.maximum(low, high) / ((book[-1] - book[0]) / 2), scheme, saturate)
-        return GroupScales(pos, pos)
-    neg, pos = low / -book[0], high / book[-1]
-    if scheme.sym:
-        pos = round_to_storage(torch.maximum(neg, pos), scheme, saturate)
-        return GroupScales(pos, pos)
-    return GroupScales(
-        round_to_storage(
-            torch.where(pos > 0, pos, neg), scheme, saturate
-        ),  # an empty side borrows: corrections may fill it later
-        round_to_storage(torch.where(neg > 0, neg, pos), scheme, saturate),
-    )
-
-
 def encode(weight: Tensor, scales: GroupScales, scheme: Scheme) -> Tensor:
-    """float32 [rows, in] + scales [rows, groups] -> codes, uint8 [rows, in]."""
+    """Round float32 [rows, in] by scales [rows, groups] to codes, uint8 [rows, in]."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for columns, groups, length in parts(weight.shape[-1], scheme.span(weight.shape[-1])):
         part = weight[:, columns].unflatten(-1, (-1, length))
@@ -145,7 +127,7 @@ def encode(weight: Tensor, scales: GroupScales, scheme: Scheme) -> Tensor:
 
 
 def encode_groups(x: Tensor, scales: GroupScales, format: Format) -> Tensor:
-    """Codes (uint8) of x; scales broadcast against it."""
+    """Return the codes (uint8) of x; scales broadcast against it."""
     if format.integer:
         zero = -format.values[0] if scales.zero is None else scales.zero.float()
         return (x / scales.pos.float()).round_().add_(zero).clamp_(0, len(format.values) - 1).to(torch.uint8)
@@ -157,7 +139,7 @@ def encode_groups(x: Tensor, scales: GroupScales, format: Format) -> Tensor:
 
 
 def nearest_groups(x: Tensor, scales: GroupScales, format: Format) -> tuple[Tensor, Tensor]:
-    """(codes, what they say), as encode_groups and decode_groups give them, in as few calls as can be.
+    """Return (codes, their weights), equal to those of encode_groups and decode_groups, in as few calls as possible.
 
     For solvers that go column by column: x [rows], scales [rows] in float32. Codes are of any integer type.
     """
@@ -168,29 +150,29 @@ def nearest_groups(x: Tensor, scales: GroupScales, format: Format) -> tuple[Tens
     codes = (units[:, None] > _tensor_of(side_midpoints(format), x.device)).sum(1)
     if not format.has_zero:
         codes += units >= 0
-    return codes, _scaled(_book(format.values, x.device).index_select(0, codes), scales)
+    return codes, _scaled(_codebook(format.values, x.device).index_select(0, codes), scales)
 
 
 def _in_units(x: Tensor, scales: GroupScales) -> Tensor:
-    """x by the scale of its side."""
+    """Divide x by the scale of its side."""
     units = x / scales.pos.float()
     return units if scales.neg is scales.pos else torch.where(units < 0, x / scales.neg.float(), units)
 
 
 @lru_cache(maxsize=256)
 def side_midpoints(format: Format) -> tuple[float, ...]:
-    """Midpoints between neighbouring values <= 0, then between neighbouring values >= 0.
+    """Return the midpoints between neighbouring values <= 0, then between neighbouring values >= 0.
 
-    A weight keeps to its side, since the side decides the scale: where the book has no zero, the two middle values
-    part at 0 instead of at their midpoint, which therefore is not one of these.
+    A weight keeps to its side, since the side decides the scale: if the codebook has no zero, the two middle values
+    are divided at 0 instead of at their midpoint, which therefore is not one of these.
     """
     return tuple((a + b) / 2 for a, b in pairwise(format.values) if b <= 0 or a >= 0)
 
 
 def _count_below(x: Tensor, midpoints: tuple[float, ...]) -> Tensor:
-    """How many of the midpoints lie below x, uint8; a tie counts as not below, which rounds to the lower value.
+    """Count the midpoints below x, uint8; a tie counts as not below, which rounds to the lower value.
 
-    Comparing one by one beats a binary search for short books, and needs no table of distances.
+    Comparing one by one beats a binary search for short codebooks, and needs no table of distances.
     """
     if len(midpoints) > 32:
         return torch.bucketize(x, _tensor_of(midpoints, x.device)).to(torch.uint8)
@@ -201,7 +183,7 @@ def _count_below(x: Tensor, midpoints: tuple[float, ...]) -> Tensor:
 
 
 def decode(codes: Tensor, scales: GroupScales, values: tuple[float, ...] | list[float], span: int) -> Tensor:
-    """codes uint8 [rows, in] + scales [rows, groups] -> float32 [rows, in]; groups of `span` columns."""
+    """Return the weights of codes uint8 [rows, in] and scales [rows, groups], float32; groups of `span` columns."""
     weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for columns, groups, length in parts(codes.shape[-1], span):
         part = codes[:, columns].unflatten(-1, (-1, length))
@@ -210,11 +192,11 @@ def decode(codes: Tensor, scales: GroupScales, values: tuple[float, ...] | list[
 
 
 def decode_groups(codes: Tensor, scales: GroupScales, values: tuple[float, ...]) -> Tensor:
-    """float32 weights of codes; scales broadcast against them."""
-    book = _book(values, codes.device)
-    value = book.index_select(0, codes.int().flatten()).view(codes.shape)
+    """Return the float32 weights of codes; scales broadcast against them."""
+    codebook = _codebook(values, codes.device)
+    value = codebook.index_select(0, codes.int().flatten()).view(codes.shape)
     if scales.zero is not None:
-        value = value - book[scales.zero.int()]
+        value = value - codebook[scales.zero.int()]
     return _scaled(value, scales)
 
 
@@ -230,12 +212,12 @@ def _tensor_of(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _book(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The values by code; a code behind the last, which only a damaged file has, stands for 0 in every kernel."""
+def _codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return the values by code; a code behind the last, of damaged files only, stands for 0 in every kernel."""
     return torch.tensor([*values, *[0.0] * (256 - len(values))], dtype=torch.float32, device=device)
 
 
 def relative_error(weight: Tensor, solved: QuantizedWeight) -> float:
-    """sum (w - w_hat)^2 / sum w^2; 0 for a weight of zeros."""
+    """Return sum (w - w_hat)^2 / sum w^2; 0 for a weight of zeros."""
     total = weight.float().square().sum().item()
     return (solved.dequantize() - weight).square().sum().item() / total if total else 0.0

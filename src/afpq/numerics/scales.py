@@ -1,108 +1,84 @@
 # SPDX-License-Identifier: MIT
-"""How scales are stored: as floats, or as bytes on a logarithmic grid fitted to the weight.
-
-A "log8" scale is a sign bit and k, 0 .. 127: +- 2^(low + step * k). `low` and `step` are two float32 of the whole
-weight, chosen so that the grid spans the scales its groups have: steps of 2 to 3 % where an 8-bit float has 6 to 12.
-
-A negative scale mirrors the code book of its group, which costs no bits: w = value * scale either way. So a book with
-more values on one side, as nf4, can serve a group whose longer side is the other.
-"""
+"""Scales that reach each group's extremes ("absmax"), and the rounding of scales to what can be stored."""
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.numerics.scheme import ScaleGrid, Scheme
-
-# scale_dtype -> (dtype on disk, smallest positive value kept)
-STORAGE = {
-    "float16": (torch.float16, 2.0**-24),
-    "float32": (torch.float32, 2.0**-126),
-    "log8": (torch.uint8, 2.0**-126),
-}
-LEVELS, SIGN = 128, 128  # of the grid; and the bit of a stored byte that says minus
-MOST_OCTAVES = 12.0  # a grid spans; smaller scales become its smallest, 1/4096 of the largest
-BELOW, ABOVE = 0.4, 1.5  # room for searches, which shrink scales, and for corrections of weights, which let them grow
+from afpq.numerics.fitted_scheme import FittedScheme
+from afpq.numerics.group_scales import GroupScales
+from afpq.numerics.groups import extremes
+from afpq.numerics.scale_storage import grid_for
+from afpq.numerics.scheme import Scheme
 
 
-def fit_grid(scheme: Scheme, scales: Tensor) -> Scheme:
-    """The scheme with a grid for a weight whose absmax scales are `scales`, any float shape; others as they are."""
-    if scheme.scale_dtype != "log8" or scheme.grid is not None:
-        return scheme
-    live = scales[scales > 0].double()
-    low, high = (live.min().item() * BELOW, live.max().item() * ABOVE) if len(live) else (1.0, 1.0)
-    top, bottom = (math.log2(min(max(v, STORAGE["log8"][1]), 2.0**127)) for v in (high, low))
-    bottom = max(bottom, top - MOST_OCTAVES)
-    step = _float32(max((top - bottom) / (LEVELS - 1), 2.0**-20))
-    return replace(scheme, grid=ScaleGrid(_float32(bottom), step))
+def fit_grid(weight: Tensor, scheme: Scheme) -> FittedScheme:
+    """Fit the grid of the scales to a weight [rows, in], any float, if their storage needs one.
 
-
-def _float32(value: float) -> float:
-    result: float = struct.unpack("f", struct.pack("f", value))[0]
-    return result
-
-
-@lru_cache(maxsize=256)
-def _magnitudes(grid: ScaleGrid, device: torch.device) -> Tensor:
-    k = torch.arange(LEVELS, dtype=torch.float64, device=device)
-    return torch.exp2(grid.low + grid.step * k).float()
-
-
-def to_grid(scale: Tensor, grid: ScaleGrid) -> Tensor:
-    """Float scales > 0 of any shape -> the nearest k (by ratio), int64, same shape."""
-    k = (scale.double().log2() - grid.low) / grid.step
-    return k.round_().clamp_(0, LEVELS - 1).long()
-
-
-def round_to_storage(scale: Tensor, scheme: Scheme, saturate: bool = False) -> Tensor:
-    """Float scales >= 0 as the scheme stores them: never zero, and 1 where the group has no weight but zero.
-
-    In the dtype of the storage; float32 where that is a grid, which has to be there. A book without a zero cannot say
-    0, so there an all-zero group takes the smallest scale instead of 1. A scale too large to store becomes the largest
-    with `saturate` or on a grid, and else raises AfpqError.
+    Raises AfpqError for NaN or Inf in the weight, and for a format that is still to be learned.
     """
-    dtype, smallest = STORAGE[scheme.scale_dtype]
-    empty = 1.0 if scheme.format.has_zero else smallest
-    if dtype == torch.uint8:
-        assert scheme.grid is not None, "fit_grid comes first"
-        return _magnitudes(scheme.grid, scale.device)[to_grid(torch.where(scale > 0, scale, empty), scheme.grid)]
+    if not scheme.storage.needs_grid:
+        return FittedScheme(scheme)
+    parts_of_rows = weight.split(max(1, 2**22 // weight.shape[-1]))  # a float copy of a head would take gigabytes
+    low, high = map(torch.cat, zip(*(extremes(part.float(), scheme) for part in parts_of_rows)))
+    exact = scales_from_range(low, high, FittedScheme(replace(scheme, scale_dtype="float32")))
+    used = [torch.where(side > 0, scale.float(), 0) for side, scale in ((high, exact.pos), (low, exact.neg))]
+    return FittedScheme(scheme, grid_for(torch.stack(used)))
+
+
+def fit_scales(weight: Tensor, scheme: FittedScheme) -> GroupScales:
+    """Fit scales [rows, groups] that just reach each group's extremes (the paper's, "absmax") to float32 [rows, in].
+
+    Raises AfpqError for NaN or Inf, and for weights beyond what the scales' storage can reach.
+    """
+    low, high = extremes(weight, scheme.scheme)
+    return scales_from_range(low, high, scheme)
+
+
+def scales_from_range(low: Tensor, high: Tensor, scheme: FittedScheme, saturate: bool = False) -> GroupScales:
+    """Return scales whose values span [-low, high] of each group; low, high >= 0 [rows, groups].
+
+    See `round_to_storage` for `saturate` and errors.
+    """
+    codebook = scheme.format.values
+    if scheme.zero_point:
+        width = codebook[-1] - codebook[0]
+        pos = round_to_storage(low / width + high / width, scheme, saturate)  # the sum of both could overflow
+        zero = torch.round(low / pos.float()).clamp_(0, len(codebook) - 1).to(torch.uint8)
+        return GroupScales(pos, pos, zero, scheme.grid)
+    if scheme.format.integer:
+        pos = round_to_storage(torch.maximum(low, high) / ((codebook[-1] - codebook[0]) / 2), scheme, saturate)
+        return GroupScales(pos, pos, grid=scheme.grid)
+    neg, pos = low / -codebook[0], high / codebook[-1]
+    if scheme.scheme.sym:
+        pos = round_to_storage(torch.maximum(neg, pos), scheme, saturate)
+        return GroupScales(pos, pos, grid=scheme.grid)
+    # An empty side takes the other's scale: corrections may fill it later.
+    return GroupScales(
+        round_to_storage(torch.where(pos > 0, pos, neg), scheme, saturate),
+        round_to_storage(torch.where(neg > 0, neg, pos), scheme, saturate),
+        grid=scheme.grid,
+    )
+
+
+def round_to_storage(scale: Tensor, scheme: FittedScheme, saturate: bool = False) -> Tensor:
+    """Round float scales >= 0 of any shape to what can be stored: never zero, and 1 if the group has no weight but 0.
+
+    The result is in the storage's `memory_dtype`. A codebook without a zero has no code for 0, so there an all-zero
+    group takes the smallest scale instead of 1. A scale too large to store becomes the largest with `saturate` or on a
+    grid, and else raises AfpqError.
+    """
+    storage = scheme.storage
+    empty = 1.0 if scheme.format.has_zero else storage.smallest
+    if storage.needs_grid:
+        return storage.round(torch.where(scale > 0, scale, empty), scheme.grid)
+    largest = torch.finfo(storage.dtype).max
     if saturate:
-        scale = scale.clamp(max=torch.finfo(dtype).max)
-    elif bool((scale > torch.finfo(dtype).max).any()):
-        raise AfpqError(f"weights too large for {scheme.scale_dtype} scales (scale {scale.max():.3g})")
-    return torch.where(scale > 0, scale.clamp(min=smallest), empty).to(dtype)
-
-
-def to_bytes(scale: Tensor, grid: ScaleGrid) -> Tensor:
-    """Scales on the grid, of either sign and any shape -> uint8, same shape."""
-    return (to_grid(scale.abs(), grid) + SIGN * (scale < 0)).to(torch.uint8)
-
-
-def grid_tensor(grid: ScaleGrid) -> Tensor:
-    """float32 [2] (low, step), as it is saved."""
-    return torch.tensor([grid.low, grid.step])
-
-
-def from_bytes(saved: Tensor, grid: Tensor) -> Tensor:
-    """uint8 of any shape and the saved grid, float32 [2] -> float32 scales, same shape."""
-    k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
-    magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
-    return torch.cat([magnitudes, -magnitudes])[saved.int()]
-
-
-def check_scales_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Raises AfpqError naming the first of a weight's saved tensors that makes a scale NaN or Inf; no scale is."""
-    for name, tensor in tensors.items():
-        if tensor.is_meta or not tensor.dtype.is_floating_point:
-            continue
-        reached = from_bytes(torch.arange(2 * LEVELS, device=tensor.device), tensor) if name == "scale_grid" else tensor
-        if not bool(torch.isfinite(reached).all()):
-            raise AfpqError(f"tensor {prefix}{name} holds or makes NaN or Inf; the file is damaged, get it again")
+        scale = scale.clamp(max=largest)
+    elif bool((scale > largest).any()):
+        raise AfpqError(f"weights too large for {storage.name} scales (scale {scale.max():.3g})")
+    return storage.round(torch.where(scale > 0, scale.clamp(min=storage.smallest), empty), None)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""How one scale is stored: a table of storages, as floats or as bytes on a logarithmic grid fitted to the weight.
+
+A "log8" scale is a sign bit and k, 0 .. 127: +- 2^(low + step * k). `low` and `step` are two float32 of the whole
+weight, chosen so that the grid spans the scales its groups have: steps of 2 to 3 % where an 8-bit float has 6 to 12.
+
+To add a storage, add a row to `SCALE_STORAGES`; scheme texts, searches, packing and the reference kernel follow it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from afpq.errors import AfpqError
+
+LEVELS, SIGN = 128, 128  # of the grid; and the bit of a stored byte that is set for a negative scale
+MOST_OCTAVES = 12.0  # a grid spans; smaller scales become its smallest, 1/4096 of the largest
+BELOW, ABOVE = 0.4, 1.5  # room for searches, which shrink scales, and for corrections of weights, which let them grow
+SMALLEST_NORMAL = 2.0**-126  # of float32
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The 128 magnitudes that a scale of one weight can have: 2^(low + step * k), k = 0 .. 127."""
+
+    low: float
+    step: float
+
+
+@dataclass(frozen=True)
+class ScaleStorage:
+    """One way to store scales.
+
+    `dtype` is that on disk, which no other storage shares, `memory_dtype` that of `GroupScales`. `smallest` is the
+    smallest positive scale kept. All functions keep the shape:
+
+    - `round(scales, grid)`: positive float scales -> the nearest scales that can be stored, in `memory_dtype`
+    - `encode(scales, grid)`: scales of either sign in `memory_dtype` -> as they lie on disk, in `dtype`
+    - `decode(stored, grid)`: the inverse of `encode`; `grid` is the saved one, float32 [2] (low, step)
+
+    `grid` is None exactly if `needs_grid` is False.
+    """
+
+    name: str
+    dtype: torch.dtype
+    memory_dtype: torch.dtype
+    smallest: float
+    needs_grid: bool
+    round: Callable[[Tensor, ScaleGrid | None], Tensor]
+    encode: Callable[[Tensor, ScaleGrid | None], Tensor]
+    decode: Callable[[Tensor, Tensor | None], Tensor]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored scale."""
+        return 8 * self.dtype.itemsize
+
+
+_Grid = TypeVar("_Grid", ScaleGrid, Tensor)  # as a value, or as it is saved
+
+
+def grid_for(scales: Tensor) -> ScaleGrid:
+    """The grid for a weight whose absmax scales are `scales`, any float shape; those not above zero do not count."""
+    live = scales[scales > 0].double()
+    low, high = (live.min().item() * BELOW, live.max().item() * ABOVE) if len(live) else (1.0, 1.0)
+    top, bottom = (math.log2(min(max(v, SMALLEST_NORMAL), 2.0**127)) for v in (high, low))
+    bottom = max(bottom, top - MOST_OCTAVES)
+    step = _float32(max((top - bottom) / (LEVELS - 1), 2.0**-20))
+    return ScaleGrid(_float32(bottom), step)
+
+
+def _float32(value: float) -> float:
+    result: float = struct.unpack("f", struct.pack("f", value))[0]
+    return result
+
+
+def grid_tensor(grid: ScaleGrid) -> Tensor:
+    """float32 [2] (low, step), as it is saved."""
+    return torch.tensor([grid.low, grid.step])
+
+
+def to_grid(scale: Tensor, grid: ScaleGrid) -> Tensor:
+    """Float scales > 0 of any shape -> the nearest k (by ratio), int64, same shape."""
+    k = (scale.double().log2() - grid.low) / grid.step
+    return k.round_().clamp_(0, LEVELS - 1).long()
+
+
+def on_grid(scale: Tensor, grid: ScaleGrid | None) -> Tensor:
+    """Float scales > 0 of any shape -> the nearest of the grid (by ratio), float32, same shape."""
+    grid = _required(grid)
+    return _magnitudes(grid, scale.device)[to_grid(scale, grid)]
+
+
+@lru_cache(maxsize=256)
+def _magnitudes(grid: ScaleGrid, device: torch.device) -> Tensor:
+    k = torch.arange(LEVELS, dtype=torch.float64, device=device)
+    return torch.exp2(grid.low + grid.step * k).float()
+
+
+def to_bytes(scale: Tensor, grid: ScaleGrid | None) -> Tensor:
+    """Scales on the grid, of either sign and any shape -> uint8, same shape. Raises AfpqError without a grid."""
+    return (to_grid(scale.abs(), _required(grid)) + SIGN * (scale < 0)).to(torch.uint8)
+
+
+def from_bytes(stored: Tensor, grid: Tensor | None) -> Tensor:
+    """uint8 of any shape and the saved grid, float32 [2] -> float32 scales, same shape."""
+    grid = _required(grid)
+    k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
+    magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
+    return torch.cat([magnitudes, -magnitudes])[stored.int()]
+
+
+def _required(grid: _Grid | None) -> _Grid:
+    if grid is None:
+        raise AfpqError("scales stored as bytes need a grid")
+    return grid
+
+
+def _cast(scales: Tensor, grid: object, dtype: torch.dtype) -> Tensor:
+    return scales.to(dtype)
+
+
+def _float_storage(dtype: torch.dtype, smallest: float) -> ScaleStorage:
+    name, to_dtype = str(dtype).removeprefix("torch."), partial(_cast, dtype=dtype)
+    return ScaleStorage(name, dtype, dtype, smallest, False, round=to_dtype, encode=to_dtype, decode=to_dtype)
+
+
+SCALE_STORAGES = {
+    storage.name: storage
+    for storage in (
+        _float_storage(torch.float16, 2.0**-24),
+        _float_storage(torch.float32, SMALLEST_NORMAL),
+        ScaleStorage("log8", torch.uint8, torch.float32, SMALLEST_NORMAL, True, on_grid, to_bytes, from_bytes),
+    )
+}
+
+
+def decode_stored(stored: Tensor, grid: Tensor | None) -> Tensor:
+    """Scales as they lie on disk -> as they are in memory, by the storage that has their dtype.
+
+    The ops also take scales of float dtypes that no storage has; these are what they stand for.
+    """
+    for storage in SCALE_STORAGES.values():
+        if storage.dtype == stored.dtype:
+            return storage.decode(stored, grid)
+    return stored
+
+
+def check_scales_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Raise AfpqError naming the first of a weight's saved tensors that is or decodes to NaN or Inf; no scale is."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.dtype.is_floating_point:
+            continue
+        if name == "scale_grid":
+            reached = from_bytes(torch.arange(2 * LEVELS, device=tensor.device), tensor)
+        else:
+            reached = decode_stored(tensor, None)
+        if not bool(torch.isfinite(reached).all()):
+            raise AfpqError(f"tensor {prefix}{name} holds or makes NaN or Inf; the file is damaged, get it again")
