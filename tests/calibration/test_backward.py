@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from afpq.calibration.backward import FloatModelPass, Listener
-from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
+from afpq.calibration.backward import FloatModelPass, GradientHook
+from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, recording
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.blocks import Block
@@ -50,13 +50,13 @@ def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
     taps: dict[str, LinearStatistics] = {}
     found: dict[str, LinearStatistics] = {}
 
-    def listen(block: Block) -> Listener:
+    def hook_for(block: Block) -> GradientHook:
         found.clear()
         wanted = {target.module for target in plan.block_targets}
         names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears() if name in wanted]
-        return partial(listening, names, WINDOWS.shape, names, found)
+        return partial(recording, names, WINDOWS.shape, names, found)
 
-    for block in passes.backwards(3, listen):
+    for block in passes.backwards(3, hook_for):
         taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
     return taps
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from afpq.algorithms import quantize_rtn, search_channel_scales
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.stages import arguments_of, input_of
-from afpq.model.awq_folds import Fold, apply_fold, fold_weights, folds_of, shared_mean
+from afpq.model.apply_folds import apply_fold, fold_weights, folds_of, shared_mean
+from afpq.model.awq_folds import Fold
 from afpq.numerics.scheme import Scheme
 
 

@@ -3,7 +3,7 @@
 
 The pass forwards stores what enters every block; the pass backwards runs each block again, from the last to the first,
 and turns the gradients behind it into those in front of it. Whoever wants to know what reaches a block's linears gives
-a listener. Only one block is ever in memory, and what stands outside of the blocks.
+a hook. Only one block is ever in memory, and what stands outside of the blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from afpq.calibration.head_inputs import fill_outside, standing_in
 from afpq.calibration.hidden_states import Activations
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, out_of_memory
 from afpq.model.blocks import Block, find_blocks
 
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
@@ -67,12 +67,12 @@ class FloatModelPass:
                 real = self._load(block)
                 advance(real, self.calls[block.name], self.states[index], self.states[index + 1], device)
 
-    def backwards(self, seed: int, listen: Callable[[Block], Listener]) -> Iterator[Block]:
+    def backwards(self, seed: int, hook_for: Callable[[Block], GradientHook]) -> Iterator[Block]:
         """Each block from the last to the first, once it has been listened to."""
         gradients = self._store()
         self._from_the_end(gradients, seed)
         for done, block in enumerate(reversed(self.blocks)):
-            self._step_back(done, block, gradients, gradients, listen(block))
+            self._step_back(done, block, gradients, gradients, hook_for(block))
             yield block
 
     def keep_gradients(self, seed: int, place: Callable[[int], Path]) -> None:
@@ -90,12 +90,12 @@ class FloatModelPass:
         loss_gradients(self.model, self.calls, self.windows, self.states.pop(), behind, seed)
 
     def _step_back(
-        self, done: int, block: Block, behind: Activations, before: Activations, listener: Listener | None
+        self, done: int, block: Block, behind: Activations, before: Activations, hook: GradientHook | None
     ) -> None:
         self.report(f"gradients: backwards {block.name}", len(self.blocks) + done, 2 * len(self.blocks))
         with named(block.name):
             real, call = self._load(block), self.calls[block.name]
-            step_back(real, call, self.states.pop(), behind, self.device, listener, before)
+            step_back(real, call, self.states.pop(), behind, self.device, hook, before)
 
     def _create(self, path: Path) -> Activations:
         return Activations(path, (*self.windows.shape, self.width), create=True)
@@ -139,12 +139,12 @@ def loss_gradients(
             (gradients.tensor[row : row + 1],) = torch.autograd.grad(loss, hidden)
 
 
-Listener = Callable[[nn.Module, slice], AbstractContextManager[None]]  # (block, windows that run inside of it)
+GradientHook = Callable[[nn.Module, slice], AbstractContextManager[None]]  # (block, windows that run inside of it)
 
 
 def step_back(
     block: nn.Module, call: BlockCall, inputs: Activations, behind: Activations, device: torch.device,
-    listener: Listener | None = None, before: Activations | None = None,
+    hook: GradientHook | None = None, before: Activations | None = None,
 ) -> None:  # fmt: skip
     """From the gradients behind the block those in front of it, written into `before` if there is one.
 
@@ -152,11 +152,13 @@ def step_back(
     """
     for rows, states in inputs.batches(device):
         hidden = states.detach().clone().requires_grad_()
-        with torch.enable_grad(), listener(block, rows) if listener is not None else nullcontext():
+        with torch.enable_grad(), hook(block, rows) if hook is not None else nullcontext():
             result = call(block, hidden.clone())  # a copy: a leaf may not be changed in place
             try:
                 (found,) = torch.autograd.grad(result, hidden, behind.tensor[rows].to(device))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if (full := out_of_memory(error)) is not None:
+                    raise full from None
                 raise AfpqError(f"cannot be run backwards ({' '.join(str(error).split())[:200]})") from None
         if not bool(torch.isfinite(found).all()):
             raise AfpqError("the gradients are NaN or Inf on the calibration text")

@@ -9,8 +9,8 @@ gives it (positions, masks), whatever the architecture. After that a block is a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from afpq.calibration.hidden_states import Activations, Inputs, batch_size
-from afpq.errors import AfpqError
-from afpq.model.blocks import Block
+from afpq.errors import AfpqError, out_of_memory
+from afpq.model.blocks import Block, replaced_forwards
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[
         with _recorders(blocks, seen, tuple_result), torch.no_grad():
             try:
                 getattr(model, "base_model", model)(ids, use_cache=False)
-            except (IndexError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            except (IndexError, AttributeError, TypeError, RuntimeError, ValueError, MemoryError) as error:
+                if (full := out_of_memory(error)) is not None:
+                    raise full from None
                 if tuple_result:
                     reason = " ".join(str(error).split())[:200]
                     raise AfpqError(
@@ -80,9 +82,10 @@ def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[
     raise AfpqError("this architecture does not simply call its blocks one after the other; use --method rtn")
 
 
-@contextmanager
-def _recorders(blocks: list[Block], seen: list[tuple[str, Tensor, BlockCall]], tuple_result: bool) -> Iterator[None]:
-    def recorder(name: str) -> Callable[..., Any]:
+def _recorders(
+    blocks: list[Block], seen: list[tuple[str, Tensor, BlockCall]], tuple_result: bool
+) -> AbstractContextManager[None]:
+    def recorder(name: str, _module: nn.Module) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             # The first is copied, to be compared with what the others get, should the model change it in place.
@@ -91,13 +94,7 @@ def _recorders(blocks: list[Block], seen: list[tuple[str, Tensor, BlockCall]], t
 
         return record
 
-    try:
-        for block in blocks:
-            block.module.forward = recorder(block.name)
-        yield
-    finally:
-        for block in blocks:
-            del block.module.forward
+    return replaced_forwards(((block.name, block.module) for block in blocks), recorder)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.calibration.capture import BlockCall
-from afpq.calibration.hidden_states import BATCH_TOKENS, Activations, Inputs
+from afpq.calibration.hidden_states import BLOCK_BATCH_TOKENS, Activations, Inputs
 from afpq.calibration.stages import arguments_of
 from afpq.errors import AfpqError
 
@@ -25,13 +25,13 @@ class Tokens:
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """(which tokens, their hidden states)."""
-        for rows in self.rows.split(BATCH_TOKENS):
+        for rows in self.rows.split(BLOCK_BATCH_TOKENS):
             if len(rows):
                 yield rows, self.tensor[rows].to(device)
 
     def sample(self, device: torch.device) -> Tensor:
         """At most one batch, spread evenly over all."""
-        count = min(len(self.rows), BATCH_TOKENS)
+        count = min(len(self.rows), BLOCK_BATCH_TOKENS)
         spread = torch.linspace(0, len(self.rows) - 1, count).round().long()
         return self.tensor[self.rows[spread]].to(device)
 

@@ -67,7 +67,7 @@ class LinearStatistics:
 
 
 @contextmanager
-def hooked(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) -> Iterator[None]:
+def with_hooks(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) -> Iterator[None]:
     """Inside, hook(name, module, arguments, output) is called behind each call of the block's linears `names`."""
     handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
@@ -78,7 +78,7 @@ def hooked(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) ->
 
 
 @contextmanager
-def listening(
+def recording(
     names: list[str],
     shape: Sequence[int],
     both: Container[str],
@@ -117,7 +117,7 @@ def listening(
             value = output.detach().clone() if bias is None else output.detach() - bias
             output.register_hook(partial(add, taps[name], value))
 
-    with hooked(block, names, hook):
+    with with_hooks(block, names, hook):
         yield
     for position, (name, x) in enumerate(seen):
         if not any(x is earlier for _, earlier in seen[:position]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from afpq.calibration.backward import FloatModelPass, step_back
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations
-from afpq.calibration.linear_hooks import SecondMoment, hooked
+from afpq.calibration.linear_hooks import SecondMoment, with_hooks
 
 EXPERTS_BYTES = 2**32  # of moments of gradients, in one block: experts that would need more are solved without
 
@@ -52,7 +52,7 @@ def output_second_moments(
     shrunk towards its diagonal by out / (out + tokens), the share of its other elements that chance makes of so few.
     """
     sums: dict[str, SecondMoment] = {}
-    step_back(block, call, inputs, behind, device, partial(_listening, names, sums))
+    step_back(block, call, inputs, behind, device, partial(_recording, names, sums))
     return {name: _shrunk(gram) for name, gram in sums.items()}
 
 
@@ -65,7 +65,7 @@ def _shrunk(gram: SecondMoment) -> Tensor:
 
 
 @contextmanager
-def _listening(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Module, _rows: slice) -> Iterator[None]:
+def _recording(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Module, _rows: slice) -> Iterator[None]:
     def add(name: str, gradient: Tensor) -> None:
         sums.setdefault(name, SecondMoment()).add(gradient.detach().flatten(0, -2).float())
 
@@ -73,5 +73,5 @@ def _listening(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Mo
         if output.requires_grad:
             output.register_hook(partial(add, name))
 
-    with hooked(block, names, hook):
+    with with_hooks(block, names, hook):
         yield

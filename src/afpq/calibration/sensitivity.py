@@ -14,7 +14,7 @@ drawn from the model's own predictions (Fisher's information). The errors have t
 dW is the error of rounding to nearest. GPTQ leaves a share of its square, from 0.04 to 0.6, that depends on the inputs
 and hardly on the scheme (docs/LOG.md): see `left_share`.
 
-Gradients and inputs come from one pass forwards and one backwards, a block at a time (`gradients.py`), over TOKENS
+Gradients and inputs come from one pass forwards and one backwards, a block at a time (`gradients.py`), over MEASURED_TOKENS
 tokens.
 """
 
@@ -32,16 +32,16 @@ from transformers import PreTrainedModel
 
 from afpq.algorithms import SingularHessian, quantize_rtn
 from afpq.algorithms.gptq import factorize
-from afpq.calibration.backward import FloatModelPass, Listener, Progress
-from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
+from afpq.calibration.backward import FloatModelPass, GradientHook, Progress
+from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, recording
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan, Target
 from afpq.model.blocks import Block
 from afpq.numerics.scheme import Scheme
 
-TOKENS, LENGTH = 16384, 512  # of the calibration text: how many, and of a window the first so many
+MEASURED_TOKENS, WINDOW_TOKENS = 16384, 512  # of the calibration text: how many, and of a window the first so many
 GPTQ_SHARE, OUTPUTS_SHARE = 0.4, 0.7  # what GPTQ leaves of the squared error, by inputs and by outputs, unless known
-SAMPLED, ROWS = 2**16, 4  # weights of a group that are rounded to try a scheme; rows of a layer, at least
+WEIGHTS_PER_GROUP, MIN_ROWS = 2**16, 4  # weights of a group that are rounded to try a scheme; rows of a layer, at least
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class SensitivitySettings:
 
 
 def measured_windows(windows: Tensor) -> Tensor:
-    """Some of the calibration windows [count, length], spread evenly, and the first LENGTH tokens of each."""
-    windows = windows[:, :LENGTH]
-    count = min(len(windows), max(1, TOKENS // windows.shape[1]))
+    """Some of the calibration windows [count, length], spread evenly, and the first WINDOW_TOKENS tokens of each."""
+    windows = windows[:, :WINDOW_TOKENS]
+    count = min(len(windows), max(1, MEASURED_TOKENS // windows.shape[1]))
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
@@ -102,13 +102,13 @@ def measure_losses(
         prefix = f"{block.name}."
         return {t.module.removeprefix(prefix): t for t in targets if t.module.startswith(prefix)}
 
-    def listen(block: Block) -> Listener:
+    def hook_for(block: Block) -> GradientHook:
         taps.clear()
         linears = inside(block)
         both = {name for name, target in linears.items() if how.guided and not target.expert}
-        return partial(listening, list(linears), how.windows.shape, both, taps)
+        return partial(recording, list(linears), how.windows.shape, both, taps)
 
-    for block in walk.backwards(how.seed, listen):
+    for block in walk.backwards(how.seed, hook_for):
         found = [*_block_losses(plan, inside(block), taps, schemes, how), *found]
     reached = {layer for group in found for layer in group.layers}
     left: dict[str, list[str]] = {}
@@ -144,7 +144,7 @@ def _block_losses(
             for name in members.keys() & taps.keys():
                 with named(members[name].tensor):
                     W = plan.checkpoint.read_part(members[name].source).to(how.device, torch.float32)
-                    limit = max(ROWS, SAMPLED // len(members) // W.shape[1])
+                    limit = max(MIN_ROWS, WEIGHTS_PER_GROUP // len(members) // W.shape[1])
                     gram = taps[name].gram
                     if how.damp is not None and id(gram) not in shares:
                         shares[id(gram)] = left_share(gram, how.damp, GPTQ_SHARE)

@@ -36,7 +36,7 @@ class TensorLookup:
         candidates = (name, f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
         return next((n for n in candidates if n in self.by_model_name), None)
 
-    def differ(self, name: str, other: str) -> bool:
+    def hold_different_values(self, name: str, other: str) -> bool:
         """Whether the checkpoint holds both of the model's tensors, and not the same values. Raises as `read` does."""
         found, against = self.find(name), self.find(other)
         if found is None or against is None or found == against:

@@ -37,7 +37,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
         )
     located, experts = TensorLookup(checkpoint.tensors, model, model.state_dict()), find_experts(model)
     names = _tensor_names(checkpoint, model, located, experts)
-    recipe, ends = settle_recipe(model, recipe, located.differ)
+    recipe, ends = settle_recipe(model, recipe, located.hold_different_values)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
     if absent and len(absent) < len(linears):

@@ -26,7 +26,7 @@ from afpq.evaluation.loading import generates, load_model, load_tokenizer
 T = TypeVar("T")
 
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the variable that Hugging Face's code_eval metric asks for
-ALLOW = "it runs Python code that the model writes, here and unguarded; allow it with --allow-code-execution"
+CODE_REFUSED = "it runs Python code that the model writes, here and unguarded; allow it with --allow-code-execution"
 
 
 @dataclass(frozen=True)
@@ -172,16 +172,16 @@ def _load(manager: Any, name: str, options: TaskOptions) -> list[Any]:
     """The task, group, or the tasks of a tag called `name`, with their documents."""
     entry = manager.task_index.get(name)
     if (getattr(entry, "cfg", None) or {}).get("unsafe_code") and not options.allow_code_execution:
-        raise AfpqError(f"task {name}: {ALLOW}")  # before loading, which already tries the code out
+        raise AfpqError(f"task {name}: {CODE_REFUSED}")  # before loading, which already tries the code out
     try:
         loaded = _guarded(f"task {name}", lambda: manager.load([name]))
     except AfpqError as error:
         if CODE_SWITCH in str(error.__cause__) and not options.allow_code_execution:
-            raise AfpqError(f"task {name}: {ALLOW}") from None
+            raise AfpqError(f"task {name}: {CODE_REFUSED}") from None
         raise
     unsafe = next((key for key, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)), None)
     if unsafe is not None and not options.allow_code_execution:
-        raise AfpqError(f"task {unsafe}: {ALLOW}")
+        raise AfpqError(f"task {unsafe}: {CODE_REFUSED}")
     groups = loaded.get("groups") or {}
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import require_next_token
 
-BATCH_TOKENS = 2048
+LOGITS_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
     known = getattr(embedding, "num_embeddings", None)
     if known is not None and int(windows.max()) >= known:
         raise AfpqError(f"the text has token {int(windows.max())}, the model's vocabulary {known}: another tokenizer?")
-    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+    for batch in windows.split(max(1, LOGITS_BATCH_TOKENS // windows.shape[1])):
         yield from model(batch.to(device), use_cache=False).logits
 
 

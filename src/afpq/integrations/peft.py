@@ -14,17 +14,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.versions import require_version
 
-from afpq.algorithms import quantize_rtn
 from afpq.errors import AfpqError
+from afpq.integrations.lora_merge import MergeTarget, float_linear, list_as_float, relative_size, requantized
 from afpq.model.linear import AfpqLinear
-from afpq.numerics.groups import QuantizedWeight, encode
 
 try:
     require_version("peft>=0.19")  # earlier ones hand layers their settings in another way
@@ -43,15 +41,7 @@ VARIANTS = (
     "monteclora_config", "kasa_config",
 )  # fmt: skip
 INITIALIZATIONS = (True, False, "gaussian", "eva")
-MOSTLY_LOST = 0.5
-
-
-@dataclass(frozen=True)
-class MergeTarget:
-    """What a layer becomes when its adapters are merged: a float linear of `dtype`, or its own scheme once more."""
-
-    dtype: torch.dtype = torch.float32
-    requantize: bool = False
+MAX_MEAN_LOSS = 0.5
 
 
 class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
@@ -108,7 +98,7 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
                 bias = bias + scaling * up.bias
         if self.merge_target.requantize:
             rounded = requantized(packed.quantized_weight(), base + change)
-            self.merge_error = _ratio(rounded.dequantize() - base - change, change)
+            self.merge_error = relative_size(rounded.dequantize() - base - change, change)
             self.base_layer = AfpqLinear.from_weight(rounded, bias)
         else:
             self.merge_error = None
@@ -177,7 +167,7 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
     def _unload_and_optionally_merge(self, *arguments: Any, **options: Any) -> nn.Module:
         adapted = _named(self.model, AfpqLoraLinear)
         model: nn.Module = super()._unload_and_optionally_merge(*arguments, **options)
-        _tell_config(model, [name for name in adapted if isinstance(model.get_submodule(name), nn.Linear)])
+        list_as_float(model, [name for name in adapted if isinstance(model.get_submodule(name), nn.Linear)])
         return model
 
     @contextmanager
@@ -197,36 +187,12 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         yield
         self.merge_errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
         mean = sum(self.merge_errors.values()) / max(1, len(self.merge_errors))
-        if mean > MOSTLY_LOST:
+        if mean > MAX_MEAN_LOSS:
             warnings.warn(
                 f"rounding the merged weights to their own schemes moved them by {mean:.0%} of what the adapters did "
                 f"(mean of {len(self.merge_errors)} layers; see merge_errors); without requantize nothing is lost",
                 stacklevel=4,
             )
-
-
-def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
-    """float32 [out, in] in the scheme of `old`: on its scales or on newly searched ones, whichever is nearer.
-
-    The old scales suit a weight that has hardly changed: all its other values lie on their grid already.
-    """
-    kept = QuantizedWeight(encode(weight, old.scales, old.scheme), old.scales, old.scheme)
-    searched = quantize_rtn(weight, replace(old.scheme, grid=None), "mse")
-    return min(kept, searched, key=lambda rounded: (rounded.dequantize() - weight).square().sum().item())
-
-
-def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear of this weight [out, in]; its bias takes the weight's dtype."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return linear
-
-
-def _ratio(error: Tensor, change: Tensor) -> float:
-    size = change.norm().item()
-    return error.norm().item() / size if size else 0.0
 
 
 def _named(model: nn.Module, kind: type[T]) -> dict[str, T]:
@@ -244,18 +210,6 @@ def _check_modules_to_save(config: Any, quantized: list[str]) -> None:
                     f"modules_to_save={entry!r} holds {name}, which is quantized and cannot be trained whole; "
                     "adapt it by target_modules, or leave it out when quantizing"
                 )
-
-
-def _tell_config(model: Any, floats: list[str]) -> None:
-    """What is float now is listed as not quantized; a model without quantized layers is no quantized model."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not floats:
-        return
-    if not any(isinstance(module, AfpqLinear) for module in model.modules()):
-        quantizer.remove_quantization_config(model)
-        return
-    config = model.config.quantization_config
-    config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *floats})
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = AfpqLoraModel

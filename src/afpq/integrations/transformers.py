@@ -12,36 +12,32 @@ as uninitialized memory, with a warning at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from afpq.algorithms.rtn import quantize_named
 from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
 from afpq.errors import AfpqError
 from afpq.integrations.hub import wrap_upload
+from afpq.integrations.quantize_loaded import QuantizeLoaded
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
 from afpq.model.embedding import AfpqEmbedding
 from afpq.model.embedding_and_head import EmbeddingAndHead, saved_ends, settle_recipe
-from afpq.model.experts import AfpqExperts, find_experts
-from afpq.model.linear import AfpqLinear, PackedModule
-from afpq.model.packed_modules import convertible, spare_initialization, swap_ends, swap_matrices, waits_to_be_quantized
+from afpq.model.experts import find_experts
+from afpq.model.linear import PackedModule
+from afpq.model.packed_modules import convertible, is_loading_slot, mark_initialized, pack_ends, pack_matrices
 from afpq.model.renamed_tensors import ExpertMerge
-from afpq.numerics.groups import QuantizedWeight
-from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
 from afpq.recipe import Recipe, is_kept
 
@@ -138,14 +134,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # A saved model lists every linear it kept; the blocks matter only while deciding.
         self.blocks = [block.name for block in find_blocks(model)]
         places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
-        swap_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
-        swap_ends(model, ends, recipe, kept, self.pre_quantized)
+        pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
+        pack_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
         self.settled, self.ends, self.learned = recipe, ends, _learned(model)
         if self.pre_quantized and self.learned:
             raise AfpqError(f"quantization_config: no code book for {self.learned[0]}; config.json is incomplete")
-        spare_initialization(model)
+        mark_initialized(model)
         if find_experts(model):
             self.merges = located.names.merges
         if self.pre_quantized:
@@ -159,14 +155,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _settle(self, model: PreTrainedModel, recipe: Recipe, located: TensorLookup) -> tuple[Recipe, EmbeddingAndHead]:
         """The recipe with its schemes of the ends, and the ends: tied unless the checkpoint has them apart."""
         if not self.pre_quantized:
-            return settle_recipe(model, recipe, located.differ)
+            return settle_recipe(model, recipe, located.hold_different_values)
         return recipe, saved_ends(model, lambda name: located.find(name) is not None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
         for name, module in model.named_modules():
-            left = next((p for p in module._parameters if waits_to_be_quantized(module, p)), None)
+            left = next((p for p in module._parameters if is_loading_slot(module, p)), None)
             if left is not None:
                 raise AfpqError(
                     f"{name}.{left}: not in the checkpoint, or not under this name; list it as not to convert"
@@ -179,7 +175,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._note_books(model)
             warn_of_left(model, self.blocks)
         if self.quantization_config.dequantize:  # Transformers has dropped the config by now; the weights are packed
-            return self._dequantize(model, model.dtype)
+            unpack_model(model, model.dtype)
         return model
 
     def _note_books(self, model: PreTrainedModel) -> None:
@@ -192,7 +188,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
-        return waits_to_be_quantized(model.get_submodule(parent), name)
+        return is_loading_slot(model.get_submodule(parent), name)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """Where experts lie elsewhere in the files, and Transformers' own table would only rename what it merges."""
@@ -200,7 +196,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return [WeightRenaming(f"{in_files}.", f"{merged}.") for in_files, merged in sorted(moved)]
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return QuantizeLoaded(self.failures, self.quantization_config.recipe()[0].search)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Plain linears in place of ours, so that the model is an ordinary one in `dtype`, by default the one it has.
@@ -208,72 +204,18 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         Everything that is in the model's dtype is cast along, as it has to compute with the weights. Raises AfpqError,
         with the model as it was, for a weight too large for `dtype` or one that is offloaded.
         """
-        model = self._dequantize(model, dtype or model.dtype)
+        unpack_model(model, dtype or model.dtype)
         self.remove_quantization_config(model)
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 part.config.__dict__.pop("_is_quantized", None)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-        unpack_model(model, dtype)
-        return model
-
-
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    """A loaded weight -> the buffers of its AfpqLinear."""
-
-    def __init__(self, quantizer: AfpqHfQuantizer) -> None:
-        self.quantizer = quantizer
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], *, model: PreTrainedModel, missing_keys: Any = None, **_: Any
-    ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            parent, _dot, leaf = str(name).rpartition(".")
-            module = model.get_submodule(parent)
-            for layer_name, part, kind in _parts(module, parent, leaf, weight):
-                layer = model.get_submodule(layer_name)
-                assert isinstance(layer, PackedModule)
-                if kind == "bias":
-                    tensors[f"{layer_name}.bias"] = part.contiguous()
-                    continue
-                solved = self._solve(f"{layer_name}.weight", part, layer.scheme)
-                layer.scheme = replace(layer.scheme, format=solved.scheme.format)  # a book may have been learned
-                packed = to_tensors(solved)
-                tensors |= {f"{layer_name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
-            del module._parameters[leaf]
-            if missing_keys is not None:
-                missing_keys.discard(name)
-        return tensors
-
-    def _solve(self, name: str, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-        try:
-            return quantize_named(name, weight, scheme, self.quantizer.quantization_config.recipe()[0].search)
-        except AfpqError as error:
-            # Transformers would swallow it; raised once all is loaded, so what stands here meanwhile is never used.
-            self.quantizer.failures.append(error)
-            return quantize_named(name, torch.zeros_like(weight), scheme, "absmax")
-
 
 def _learned(model: nn.Module) -> list[str]:
     """The packed modules whose books are still to be learned."""
     packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
     return [name for name, module in packed if module.scheme.format.learned]
-
-
-def _parts(module: nn.Module, name: str, leaf: str, weight: Tensor) -> Iterator[tuple[str, Tensor, str]]:
-    """(linear, its weight or bias, which of them) for all that a loaded parameter holds."""
-    if not isinstance(module, AfpqExperts):
-        conv1d = isinstance(module, AfpqLinear) and module.conv1d
-        yield name, weight.T if conv1d else weight, "weight"
-        return
-    for linear, kind, part in module.form.parts():
-        if part.tensor == leaf:
-            yield f"{name}.{linear}", part.of(weight), kind
 
 
 def _headers_of(file: str) -> dict[str, TensorInfo]:

@@ -25,10 +25,10 @@ from afpq.numerics.formats import FORMATS, Format, custom_format
 from afpq.numerics.groups import GroupScales, QuantizedWeight
 from afpq.numerics.scheme import Scheme
 
-STATE = ".quant_state.bitsandbytes__"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STATE_SUFFIX = ".quant_state.bitsandbytes__"
+PART_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DTYPES_OF_STATES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-MIN_GROUP = 16  # below, the repeated scales would take more than 2 bits for each weight
+MIN_GROUP_SIZE = 16  # below, the repeated scales would take more than 2 bits for each weight
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def find_weights(checkpoint: Checkpoint) -> dict[str, BnbWeight]:
     """
     found = {}
     for name in checkpoint.tensors:
-        tensor, separator, kind = name.partition(STATE)
+        tensor, separator, kind = name.partition(STATE_SUFFIX)
         if separator:
             found[tensor] = _described(checkpoint, tensor, kind, name)
     return found
@@ -71,7 +71,7 @@ def find_weights(checkpoint: Checkpoint) -> dict[str, BnbWeight]:
 
 def _described(checkpoint: Checkpoint, tensor: str, kind: str, state: str) -> BnbWeight:
     keys = _read_state(checkpoint, state)
-    parts = [name for part in PARTS if (name := f"{tensor}.{part}") in checkpoint.tensors]
+    parts = [name for part in PART_SUFFIXES if (name := f"{tensor}.{part}") in checkpoint.tensors]
     try:
         nested = (int(keys["nested_blocksize"]), float(keys["nested_offset"])) if "nested_blocksize" in keys else None
         out_features, in_features = (int(size) for size in keys["shape"])
@@ -107,7 +107,7 @@ def _check(checkpoint: Checkpoint, weight: BnbWeight) -> None:
         if info is None or info.bytes != size:
             found = "is not in the checkpoint" if info is None else f"has {info.bytes} bytes"
             raise AfpqError(f"tensor {weight.tensor}{part}: {found}; {weight.shape} in bitsandbytes needs {size}")
-    if weight.group_size < MIN_GROUP:
+    if weight.group_size < MIN_GROUP_SIZE:
         raise AfpqError(
             f"tensor {weight.tensor}: rows of {weight.shape[1]} weights and blocks of {weight.blocksize} have only "
             f"groups of {weight.group_size} in common; quantize the original model instead"

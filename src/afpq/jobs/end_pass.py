@@ -14,29 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
 from afpq.errors import AfpqError
-from afpq.model.linear import AfpqLinear
+from afpq.jobs.tuned_values import TunedValues
 from afpq.model.tensor_part import TensorPart
-from afpq.numerics.groups import GroupScales, QuantizedWeight, decode
-from afpq.numerics.packing import to_tensors
-from afpq.numerics.scales import round_to_storage
 
 RATE = 0.004  # of Adam, falling to 0 in a straight line; scales move by ratio, vectors relative to their size
 BETAS = (0.9, 0.95)
-BATCH_TOKENS = 2048  # of a step
-JUDGES = 8  # one window in so many judges
-LOOKS = 4  # times it is judged on the way
+STEP_TOKENS = 2048  # of a step
+HELD_OUT_ONE_IN = 8  # one window in so many judges
+EVALUATIONS = 4  # times it is judged on the way
 
 
 @dataclass(frozen=True)
@@ -54,113 +47,6 @@ class EndPass:
         return asdict(self)
 
 
-class _Rounded(torch.autograd.Function):
-    """(exact, rounded) -> rounded, whose gradient goes to exact as if it had not been rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
-
-
-def _rounded(exact: Tensor, rounded: Tensor) -> Tensor:
-    # torch has no types for apply: it takes what forward takes
-    result: Tensor = _Rounded.apply(exact, rounded.detach().float())  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Scales:
-    """A layer's scales [out, groups] times exp(moves); the moves, one tensor a side, are what is tuned."""
-
-    def __init__(self, layer: AfpqLinear) -> None:
-        weight = layer.quantized_weight()
-        self.weight, scales = weight, weight.scales
-        sides = [scales.pos, scales.neg] if weight.scheme.two_scales else [scales.pos]
-        self.sides = [side.float() for side in sides]
-        self.moves = [torch.zeros_like(side, requires_grad=True) for side in self.sides]
-
-    def rounded(self) -> GroupScales:
-        """As they would be saved, signs kept."""
-        sizes = [side.abs() * move.exp() for side, move in zip(self.sides, self.moves)]
-        saved = [_rounded(size, round_to_storage(size.detach(), self.weight.scheme, saturate=True)) for size in sizes]
-        signed = [size * side.sign() for size, side in zip(saved, self.sides)]
-        return GroupScales(signed[0], signed[-1], self.weight.scales.zero)
-
-    def matrix(self) -> Tensor:
-        """[out, in] float32, differentiable in the moves."""
-        scheme = self.weight.scheme
-        codes = self.weight.codes
-        return decode(codes, self.rounded(), scheme.format.values, scheme.span(codes.shape[1]))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The saved tensors of the scales as they are now."""
-        with torch.no_grad():
-            new, old = self.rounded(), self.weight
-            pos, neg = (side.to(old.scales.pos.dtype) for side in (new.pos, new.neg))
-            found = to_tensors(QuantizedWeight(old.codes, GroupScales(pos, neg, new.zero), old.scheme))
-        return {name: tensor for name, tensor in found.items() if name.startswith("scales")}
-
-
-class _Vector:
-    """A parameter of one dimension plus `move` times its size; saved in `dtype`, whatever the model computes in."""
-
-    def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
-        self.value, self.computed, self.dtype = value.detach().float(), value.dtype, dtype
-        self.size = max(self.value.square().mean().sqrt().item(), 1e-3)
-        self.move = torch.zeros_like(self.value, requires_grad=True)
-
-    def rounded(self) -> Tensor:
-        exact = self.value + self.size * self.move
-        return _rounded(exact, exact.to(self.dtype)).to(self.computed)
-
-
-class _Tuned:
-    """All that is tuned of a model: scales by module, vectors by parameter name."""
-
-    def __init__(self, model: nn.Module, vectors: dict[str, torch.dtype]) -> None:
-        self.model = model
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, AfpqLinear)}
-        self.scales = {name: _Scales(layer) for name, layer in layers.items()}
-        parameters = dict(model.named_parameters())
-        self.vectors = {
-            name: _Vector(parameters[name], dtype)
-            for name, dtype in vectors.items()
-            if name in parameters and parameters[name].dim() == 1 and parameters[name].is_floating_point()
-        }
-
-    def moves(self) -> list[Tensor]:
-        return [m for s in self.scales.values() for m in s.moves] + [v.move for v in self.vectors.values()]
-
-    def logits(self, ids: Tensor) -> Tensor:
-        vectors = {name: vector.rounded() for name, vector in self.vectors.items()}
-        with self._differentiable():
-            result = functional_call(self.model, vectors, (ids,), {"use_cache": False})
-        return result.logits.float()  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _differentiable(self) -> Iterator[None]:
-        """Inside, quantized layers unpack their weights with the tuned scales, once more for the gradient."""
-
-        def replacement(layer: nn.Module, scales: _Scales) -> Callable[[Tensor], Tensor]:
-            def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-                return linear(x, scales.matrix().to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-            # The bias is read now: it is one that is tuned only while the model runs, not when its gradient is taken.
-            return lambda x: checkpoint(multiply, x, layer.bias, use_reentrant=False)
-
-        layers = {name: self.model.get_submodule(name) for name in self.scales}
-        try:
-            for name, layer in layers.items():
-                layer.forward = replacement(layer, self.scales[name])
-            yield
-        finally:
-            for layer in layers.values():
-                del layer.forward
-
-
 def vector_places(plan: Plan) -> dict[str, str]:
     """Name in the model -> name in the files, of what is saved as the model has it; tune_end picks the vectors."""
     replaced = {tensor for unit in plan.units for tensor in unit.replaced}
@@ -170,7 +56,7 @@ def vector_places(plan: Plan) -> dict[str, str]:
 
 def end_pass_bytes(plan: Plan) -> int:
     """Memory of both models, of the codes a byte each, and of a step's logits."""
-    codes, logits = sum(t.elements for t in plan.targets), 6 * 4 * vocabulary(plan) * BATCH_TOKENS
+    codes, logits = sum(t.elements for t in plan.targets), 6 * 4 * vocabulary(plan) * STEP_TOKENS
     return original_bytes(plan) + loaded_bytes(plan) + codes + logits
 
 
@@ -193,11 +79,11 @@ def run_end_pass(
     if len(windows) < 2:
         raise AfpqError("the end pass needs 2 windows, to learn from and to judge by: more --samples or text")
     windows = windows.to(next(original.parameters()).device)
-    judges = torch.arange(len(windows)) % min(JUDGES, len(windows)) == 0
+    judges = torch.arange(len(windows)) % min(HELD_OUT_ONE_IN, len(windows)) == 0
     judging, training = windows[judges], windows[~judges]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    tuned = _Tuned(model, vectors)
+    tuned = TunedValues(model, vectors)
     moves = tuned.moves()
     best = [move.detach().clone() for move in moves]
     before = lowest = _judge(tuned, original, judging)
@@ -211,7 +97,7 @@ def run_end_pass(
         optimizer.zero_grad()
         kl(reference, tuned.logits(ids)).backward()
         optimizer.step()
-        if (step + 1) * LOOKS // steps > step * LOOKS // steps:
+        if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
             found = _judge(tuned, original, judging)
             if found < lowest:
                 lowest, kept, best = found, step + 1, [move.detach().clone() for move in moves]
@@ -233,7 +119,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _judge(tuned: _Tuned, original: nn.Module, windows: Tensor) -> float:
+def _judge(tuned: TunedValues, original: nn.Module, windows: Tensor) -> float:
     """Mean KL over the windows. Raises AfpqError where it is not finite.
 
     The original's logits are computed anew each time: those of a few windows of a large vocabulary are gigabytes.
@@ -248,7 +134,7 @@ def _judge(tuned: _Tuned, original: nn.Module, windows: Tensor) -> float:
 def _batches(windows: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
     """For each step some windows, all of them once before one comes again."""
     generator = torch.Generator().manual_seed(seed)
-    size = min(len(windows), max(1, BATCH_TOKENS // windows.shape[1]))
+    size = min(len(windows), max(1, STEP_TOKENS // windows.shape[1]))
     left: list[int] = []
     for _ in range(steps):
         if len(left) < size:

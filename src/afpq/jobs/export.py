@@ -24,11 +24,11 @@ from afpq.jobs.rewrite import Progress, Rewrite, rewrite
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import Spec, from_tensors, spec_bytes
 
-TARGETS = {
+EXPORT_DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
 }  # fmt: skip
-SLAB = 2**24  # weights unpacked at a time: decoding takes some 14 bytes for each
+SLAB_WEIGHTS = 2**24  # weights unpacked at a time: decoding takes some 14 bytes for each
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def dequantized(checkpoint: Checkpoint, layer: QuantizedLayer, dtype: torch.dtyp
     if layer.elements and not _reach(weight) <= torch.finfo(torch.float32).max:
         raise AfpqError(f"layer {layer.name}: its scales are not finite numbers; the file is broken")
     result = torch.empty(layer.shape, dtype=dtype)
-    step = max(1, SLAB // max(1, layer.shape[1]))
+    step = max(1, SLAB_WEIGHTS // max(1, layer.shape[1]))
     for first in range(0, layer.shape[0], step):
         rows = slice(first, first + step)
         slab = QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.scheme).dequantize()
@@ -175,8 +175,8 @@ def _dtype_after(found: torch.dtype, usual: torch.dtype, target: torch.dtype) ->
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = TARGETS.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in TARGETS.values():
+    found = EXPORT_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in EXPORT_DTYPES.values():
         raise AfpqError(f"cannot export to {dtype}; known: bf16, fp16, fp32")
     return found
 

@@ -98,14 +98,14 @@ def import_model(
     )
     config = {**plan.checkpoint.config, "quantization_config": _config(plan, weights)}
     job = Rewrite(plan.checkpoint, plan.outputs(), config, _card(str(model), plan, result))
-    told = rewrite(
+    self_test = rewrite(
         job,
         Path(out),
         _tensors(checkpoint, plan, weights),
         progress,
         lambda written: check_reloaded(written, plan, skeleton, trust_remote_code),
     )
-    return replace(result, self_test=told)
+    return replace(result, self_test=self_test)
 
 
 def _check_method(checkpoint: Checkpoint) -> None:

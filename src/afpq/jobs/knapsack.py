@@ -16,8 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from afpq.errors import AfpqError
 
-MOST = 2**16  # partial sums kept; only problems far beyond those of models reach it, and lose exactness there
-HALVINGS = 200
+MAX_PARTIAL_SUMS = (
+    2**16
+)  # partial sums kept; only problems far beyond those of models reach it, and lose exactness there
+PRICE_HALVINGS = 200
 
 
 def choose_options(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -64,8 +66,8 @@ def _useful(costs: Tensor, losses: Tensor, places: Tensor) -> Tensor:
     found = losses[places]
     best = torch.cat([found.new_full((1,), torch.inf), found.cummin(0).values[:-1]])
     places = places[found < best]
-    if len(places) > MOST:
-        places = places[torch.linspace(0, len(places) - 1, MOST).round().long()]
+    if len(places) > MAX_PARTIAL_SUMS:
+        places = places[torch.linspace(0, len(places) - 1, MAX_PARTIAL_SUMS).round().long()]
     return places
 
 
@@ -84,7 +86,7 @@ def _price(C: list[Tensor], L: list[Tensor], budget: int) -> tuple[float, float]
         return 0.0, loss
     # One unit of cost never buys more than all losses together.
     low, high = 0.0, 1.0 + sum(float(value.max() - value.min()) for value in L)
-    for _ in range(HALVINGS):
+    for _ in range(PRICE_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if at(middle)[0] <= budget else (middle, high)
     return high, at(high)[1]

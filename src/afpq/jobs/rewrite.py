@@ -64,6 +64,6 @@ def rewrite(
         with work.as_published(job.config) as directory:
             written = open_checkpoint(directory)
             check_tensors(written, job.outputs, digests)
-            told = "" if check is None else check(written)
+            verdict = "" if check is None else check(written)
         write_json(work.path / "config.json", job.config)
-    return told
+    return verdict

@@ -28,8 +28,8 @@ from afpq.model.linear import AfpqLinear, PackedModule
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import from_tensors, layout
 
-MEMORY_SHARE = 4  # the model is loaded where it takes at most a quarter of the free memory
-WINDOW = 16  # tokens
+MIN_FREE_RATIO = 4  # the model is loaded where it takes at most a quarter of the free memory
+WINDOW_TOKENS = 16  # tokens
 LAYER_TOLERANCE, LOGITS_TOLERANCE = 1e-3, 1e-2  # relative; float32 in another order differs by about 1e-6
 
 
@@ -38,7 +38,7 @@ def check_reloaded(written: Checkpoint, plan: Plan, skeleton: nn.Module, trust_r
 
     `skeleton` is the architecture the plan was made with. Raises AfpqError naming the tensor that differs.
     """
-    if loaded_bytes(plan) > available_memory() // MEMORY_SHARE:
+    if loaded_bytes(plan) > available_memory() // MIN_FREE_RATIO:
         return "The model was not loaded whole: that takes more than a quarter of the memory that was free."
     with _exact_arithmetic(), quiet_transformers():
         model = load_model(written.directory, trust_remote_code, "cpu")
@@ -70,7 +70,7 @@ def _check_state(model: nn.Module, written: Checkpoint, plan: Plan) -> None:
 @torch.no_grad()
 def _check_outputs(model: Any, written: Checkpoint, plan: Plan) -> str:
     """Logits as loaded, and with every quantized layer's output replaced by what its file says."""
-    tokens = torch.arange(WINDOW)[None] * 7919 % model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(WINDOW_TOKENS)[None] * 7919 % model.get_input_embeddings().num_embeddings
     try:
         logits = _run(model, tokens)
     except AfpqError:
@@ -92,7 +92,7 @@ def _check_outputs(model: Any, written: Checkpoint, plan: Plan) -> str:
         return "It loads, and every tensor arrived; its logits are not finite, on a window of made-up tokens."
     if not _difference(logits, expected) <= LOGITS_TOLERANCE:
         raise AfpqError("self-test: the loaded model's logits are not those of its files; this is a bug")
-    return f"Loaded again, it gave the logits its files say, layer by layer, on {WINDOW} tokens."
+    return f"Loaded again, it gave the logits its files say, layer by layer, on {WINDOW_TOKENS} tokens."
 
 
 def _run(model: Any, tokens: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""What a layer becomes when LoRA adapters are merged into it: a float linear, or its own scheme once more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afpq.algorithms import quantize_rtn
+from afpq.model.linear import AfpqLinear
+from afpq.numerics.groups import QuantizedWeight, encode
+
+
+@dataclass(frozen=True)
+class MergeTarget:
+    """What a layer becomes when its adapters are merged: a float linear of `dtype`, or its own scheme once more."""
+
+    dtype: torch.dtype = torch.float32
+    requantize: bool = False
+
+
+def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    """float32 [out, in] in the scheme of `old`: on its scales or on newly searched ones, whichever is nearer.
+
+    The old scales suit a weight that has hardly changed: all its other values lie on their grid already.
+    """
+    kept = QuantizedWeight(encode(weight, old.scales, old.scheme), old.scales, old.scheme)
+    searched = quantize_rtn(weight, replace(old.scheme, grid=None), "mse")
+    return min(kept, searched, key=lambda rounded: (rounded.dequantize() - weight).square().sum().item())
+
+
+def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear of this weight [out, in]; its bias takes the weight's dtype."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return linear
+
+
+def relative_size(error: Tensor, change: Tensor) -> float:
+    size = change.norm().item()
+    return error.norm().item() / size if size else 0.0
+
+
+def list_as_float(model: Any, floats: list[str]) -> None:
+    """What is float now is listed as not quantized; a model without quantized layers is no quantized model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not floats:
+        return
+    if not any(isinstance(module, AfpqLinear) for module in model.modules()):
+        quantizer.remove_quantization_config(model)
+        return
+    config = model.config.quantization_config
+    config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *floats})
