@@ -2,8 +2,8 @@
 """Mixtures of experts: split the 3-D parameters that Transformers keeps experts in into linears, and fuse them again.
 
 A fused module holds `gate_up_proj` [experts, 2 * inner, hidden] (or `up_proj`, without a gate) and `down_proj`
-[experts, hidden, inner]. `AfpqExperts` computes the same with three linears an expert, which are quantized, saved and run
-like all others, under the names they have in the files of Mixtral, Qwen or DeepSeek.
+[experts, hidden, inner]. `AfpqExperts` computes the same with three linears an expert, which are quantized, saved and
+run like all others, under the names they have in the files of Mixtral, Qwen or DeepSeek.
 """
 
 from __future__ import annotations

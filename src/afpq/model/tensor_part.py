@@ -12,8 +12,8 @@ from torch import Tensor
 class TensorPart:
     """The part of a checkpoint's tensor that is a tensor of the model; without options all of it.
 
-    `expert` is an index of its first dimension, `rows` a (start, stop, step) of its outputs; `transposed`: the matrix is
-    stored as [in, out].
+    `expert` is an index of its first dimension, `rows` a (start, stop, step) of its outputs; `transposed`: the matrix
+    is stored as [in, out].
     """
 
     tensor: str
