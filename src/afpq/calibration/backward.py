@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Run the float model forwards and the gradients of its loss backwards, a block at a time.
 
-The pass forwards stores what enters every block; the pass backwards runs each block again, from the last to the first,
-and turns the gradients behind it into those in front of it. Whoever wants to know what reaches a block's linears gives
-a hook. Only one block is ever in memory, and what stands outside of the blocks.
+The forward pass stores the hidden states in front of every block; the backward pass runs each block again, from the
+last to the first, and turns the gradients behind it into those in front of it. A hook can record what reaches a block's
+linears meanwhile. Only one block is ever in memory, together with the modules outside the blocks.
 """
 
 from __future__ import annotations

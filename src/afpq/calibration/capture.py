@@ -38,7 +38,7 @@ class BlockCall:
 def capture(
     model: nn.Module, blocks: list[Block], windows: Tensor, write: Callable[[str, slice, Tensor], None]
 ) -> dict[str, BlockCall]:
-    """Run the model around its blocks; `write(block, rows, hidden)` receives the hidden states that enter the first one.
+    """Run the model around its blocks; `write(block, rows, hidden)` receives the inputs of the first that runs.
 
     The model's parameters outside the blocks are real, those inside may be on the meta device. Returns each block's
     call by its name, in the order they run; a block that text does not reach, such as an image tower's, has none.

@@ -2,7 +2,7 @@
 """Second moments of the gradients of linears' outputs: the weight of output errors in the loss (Fisher information).
 
 Before the first block is quantized, one forward and one backward pass of the float model stores the gradients behind
-every block (`backward.py`). When a block is solved, it is run backwards once more from those, with hooks on its linears.
+every block (`backward.py`). When a block is solved, it runs backwards once more from those, with hooks on its linears.
 """
 
 from __future__ import annotations

@@ -184,8 +184,8 @@ def left_share(gram: SecondMoment, damp: float, default: float) -> float:
 
     `default` is returned for too few tokens. GPTQ corrects an error in column j by the columns still to come, so what
     remains of it is the variance of input j given those: the sum of these over the sum of all variances. In GPTQ's
-    terms (Hinv = U^T U) the error is dW = -e U, and (U H U^T)_jj / U_jj^2 that variance; it is too small by (T - k) / T,
-    being fitted to T tokens with k columns. If GPTQ works on both sides of a weight, the shares of its inputs and of its
+    terms (Hinv = U^T U) the error is dW = -e U, and (U H U^T)_jj / U_jj^2 that variance; it is too small by (T - k) / T
+    if fitted to T tokens with k columns. If GPTQ works on both sides of a weight, the shares of its inputs and of its
     outputs' gradients multiply.
     """
     width = len(gram.diagonal())

@@ -32,7 +32,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def check_tensors(written: Checkpoint, outputs: Mapping[str, Spec], digests: Mapping[str, str]) -> None:
-    """Check that every tensor is in the files as planned and computed. Raises AfpqError naming the first that is not."""
+    """Check that the files hold every tensor as planned and computed. Raises AfpqError naming the first at fault."""
     unknown = next((name for name in written.tensors if name not in outputs), None)
     if unknown is not None:
         raise AfpqError(f"self-test: tensor {unknown} was written but not planned; this is a bug")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a layer becomes when LoRA adapters are merged into it: a float linear, or its own scheme once more."""
+"""Merge LoRA adapters into a quantized weight: as a float linear, or rounded to its own scheme again."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from afpq.numerics.groups import QuantizedWeight, encode
 
 @dataclass(frozen=True)
 class MergeTarget:
-    """What a layer becomes when its adapters are merged: a float linear of `dtype`, or its own scheme once more."""
+    """The result of a merge: a float linear of `dtype`, or with `requantize` the layer's own scheme again."""
 
     dtype: torch.dtype = torch.float32
     requantize: bool = False
 
 
 def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
-    """float32 [out, in] in the scheme of `old`: on its scales or on newly searched ones, whichever is nearer.
+    """Round float32 [out, in] to the scheme of `old`: with its scales or newly searched ones, whichever is nearer.
 
-    The old scales suit a weight that has hardly changed: all its other values lie on their grid already.
+    The old scales suit a weight that has hardly changed: its other values are already exact with them.
     """
     kept = QuantizedWeight(encode(weight, old.scales, old.scheme), old.scales, old.scheme)
     searched = quantize_rtn(weight, replace(old.scheme, grid=None), "mse")
@@ -33,7 +33,7 @@ def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
 
 
 def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear of this weight [out, in]; its bias takes the weight's dtype."""
+    """Make a frozen nn.Linear of this weight [out, in]; its bias takes the weight's dtype."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -42,12 +42,13 @@ def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def relative_size(error: Tensor, change: Tensor) -> float:
+    """Return the norm of the error relative to that of the change; 0 for no change."""
     size = change.norm().item()
     return error.norm().item() / size if size else 0.0
 
 
 def list_as_float(model: Any, floats: list[str]) -> None:
-    """What is float now is listed as not quantized; a model without quantized layers is no quantized model."""
+    """List these modules as not quantized in the config; without quantized layers, remove the config."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not floats:
         return

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""LoRA by PEFT on a quantized model. Importing this file teaches PEFT the layer; everything else is PEFT's own API.
+"""LoRA by PEFT on a quantized model. Importing this file registers the layer; everything else is PEFT's own API.
 
     import afpq.integrations.peft
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     model = PeftModel.from_pretrained(model, "adapter")
 
-PEFT has no entry point for layers it does not know, but one class per method in a public table; ours stands there for
-LoRA and leaves all other layers to PEFT. It needs `pip install 'afpq[peft]'`.
+PEFT has no entry point for foreign layers, but a public table with one class per method; ours is the entry for LoRA and
+leaves all other layers to PEFT. It needs `pip install 'afpq[peft]'`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from afpq.integrations.lora_merge import MergeTarget, float_linear, list_as_floa
 from afpq.model.linear import AfpqLinear
 
 try:
-    require_version("peft>=0.19")  # earlier ones hand layers their settings in another way
+    require_version("peft>=0.19")  # earlier ones pass settings to layers in another way
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraModel, PeftType
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
@@ -35,17 +35,17 @@ except ImportError as error:
 
 T = TypeVar("T")
 
-# What needs the base weight as a float parameter, to change it or to follow it in every step.
+# Variants that need the base weight as a float parameter, to change it or to read it in every step.
 VARIANTS = (
     "use_dora", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "velora_config",
     "monteclora_config", "kasa_config",
 )  # fmt: skip
 INITIALIZATIONS = (True, False, "gaussian", "eva")
-MAX_MEAN_LOSS = 0.5
+MAX_MEAN_LOSS = 0.5  # share of the adapters lost by rounding, above which a warning is given
 
 
 class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
-    """LoRA around an AfpqLinear: PEFT's own layer, but for merging, which keeps the packed weight to come back to."""
+    """LoRA around an AfpqLinear: PEFT's own layer, except that merging keeps the packed weight for `unmerge`."""
 
     base_layer: nn.Module
     merged_adapters: list[str]
@@ -62,11 +62,11 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """Plain LoRA alone; PEFT refuses what is not listed."""
+        """Plain LoRA only; PEFT refuses other variants."""
         return {(): None}
 
     def resolve_lora_variant(self, *, config: Any, **options: Any) -> Any:
-        """None, plain LoRA. Raises AfpqError for what needs a float weight."""
+        """Return None (plain LoRA). Raises AfpqError for variants that need a float weight."""
         for name in VARIANTS:
             if getattr(config, name, None):
                 raise AfpqError(f"LoraConfig({name}=...) needs float weights, these are quantized; use plain LoRA")
@@ -79,9 +79,9 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters (the active ones if None) into the weight, as `merge_target` says; `unmerge` undoes it exactly.
+        """Merge adapters (the active ones if None) into the weight, by `merge_target`; `unmerge` undoes it exactly.
 
-        `safe_merge` changes nothing: an adapter that `check_mergeable` refuses is never merged.
+        `safe_merge` has no effect: an adapter that `check_mergeable` refuses is never merged.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
@@ -106,14 +106,14 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
         self._packed, self.merged_adapters = [packed], names
 
     def unmerge(self) -> None:
-        """The packed layer as it was before `merge`, byte by byte."""
+        """Restore the packed layer as it was before `merge`, byte by byte."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.base_layer, self._packed, self.merged_adapters = self._packed[0].to(self.weight.device), [], []
 
     def check_mergeable(self, names: list[str]) -> None:
-        """Raises AfpqError for adapters that hold NaN or Inf, or a bias that the layer has no place for."""
+        """Raise AfpqError for adapters that hold NaN or Inf, or a bias if the layer has none."""
         for name in names:
             if name not in self.lora_A:
                 continue
@@ -125,10 +125,10 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
 
 class AfpqLoraModel(LoraModel):  # type: ignore[misc]
-    """PEFT's LoraModel that also adapts AfpqLinear. `merge_and_unload` and `merge_adapter` take `requantize`."""
+    """PEFT's LoraModel that also adapts AfpqLinear; `merge_and_unload` and `merge_adapter` accept `requantize`."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """What PEFT fills in, the layer class for AfpqLinear, and AfpqLinear for "all-linear"."""
+        """Complete the config as PEFT does, with AfpqLinear's layer class, and AfpqLinear in "all-linear"."""
         adapted = tuple(f"{name}." for name in _named(self.model, BaseTunerLayer))
         quantized = [name for name in _named(self.model, AfpqLinear) if not name.startswith(adapted)]
         _check_modules_to_save(peft_config, quantized)
@@ -147,10 +147,10 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """The base model with the adapters in its weights; its adapted layers are float linears in the model's dtype.
+        """Return the base model with the adapters merged; adapted layers become float linears in the model's dtype.
 
-        `requantize` rounds them to their own scheme instead, which loses part of the adapters: `merge_errors` says how
-        much. Everything else as in PEFT. The model's config follows, so that `save_pretrained` writes what loads.
+        `requantize` rounds them to their own scheme instead, which loses part of the adapters: `merge_errors` holds the
+        share. Everything else as in PEFT. The model's config is updated, so that `save_pretrained` writes what loads.
         Raises AfpqError, with nothing merged, as `AfpqLoraLinear.check_mergeable` does.
         """
         with self._merging(adapter_names, requantize):
@@ -160,7 +160,7 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
     ) -> None:
-        """As `merge_and_unload`, but `unmerge_adapter` gives the packed weights back, byte by byte."""
+        """Merge as `merge_and_unload` does; `unmerge_adapter` restores the packed weights, byte by byte."""
         with self._merging(adapter_names, requantize):
             super().merge_adapter(adapter_names, safe_merge)
 
@@ -172,7 +172,7 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
 
     @contextmanager
     def _merging(self, adapter_names: list[str] | None, requantize: bool) -> Iterator[None]:
-        """Checks all layers before any is merged, tells them what to become, and notes what requantizing cost."""
+        """Check all layers before any is merged, set their targets, and collect the errors of requantizing."""
         own = (p.dtype for name, p in self.model.named_parameters() if p.is_floating_point() and "lora_" not in name)
         target = MergeTarget(next(own, torch.float32), requantize)
         layers = _named(self.model, AfpqLoraLinear)
@@ -181,7 +181,7 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         for layer in layers.values():
             merged, changed = layer.merged_adapters, layer.merge_target != target
             layer.merge_target = target
-            if merged and changed:  # into something else
+            if merged and changed:  # into another target
                 layer.unmerge()
                 layer.merge(adapter_names=merged)
         yield
@@ -200,7 +200,7 @@ def _named(model: nn.Module, kind: type[T]) -> dict[str, T]:
 
 
 def _check_modules_to_save(config: Any, quantized: list[str]) -> None:
-    """Raises AfpqError where a module to train whole is quantized: PEFT would train nothing of it, without a word."""
+    """Raise AfpqError for a quantized module in `modules_to_save`: PEFT would silently train nothing of it."""
     for name in quantized:
         parts = name.split(".")
         above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

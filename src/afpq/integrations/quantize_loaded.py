@@ -22,7 +22,10 @@ from afpq.numerics.scheme import Scheme
 
 
 class QuantizeLoaded(ConversionOps):  # type: ignore[misc]
-    """A loaded weight -> the buffers of its AfpqLinear."""
+    """The conversion of a loaded weight to the buffers of its AfpqLinear.
+
+    Errors go to `failures`: Transformers would swallow them. `search` is the scale search.
+    """
 
     def __init__(self, failures: list[AfpqError], search: str) -> None:
         self.failures, self.search = failures, search
@@ -43,7 +46,7 @@ class QuantizeLoaded(ConversionOps):  # type: ignore[misc]
                     tensors[f"{layer_name}.bias"] = part.contiguous()
                     continue
                 solved = self._solve(f"{layer_name}.weight", part, layer.scheme)
-                layer.scheme = replace(layer.scheme, format=solved.scheme.format)  # a book may have been learned
+                layer.scheme = replace(layer.scheme, format=solved.scheme.format)  # a codebook may have been learned
                 packed = to_tensors(solved)
                 tensors |= {f"{layer_name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
             del module._parameters[leaf]
@@ -55,13 +58,13 @@ class QuantizeLoaded(ConversionOps):  # type: ignore[misc]
         try:
             return quantize_named(name, weight, scheme, self.search)
         except AfpqError as error:
-            # Transformers would swallow it; raised once all is loaded, so what stands here meanwhile is never used.
+            # Raised once all is loaded, so this stand-in is never used.
             self.failures.append(error)
             return quantize_named(name, torch.zeros_like(weight), scheme, "absmax")
 
 
 def _parts(module: nn.Module, name: str, leaf: str, weight: Tensor) -> Iterator[tuple[str, Tensor, str]]:
-    """(linear, its weight or bias, which of them) for all that a loaded parameter holds."""
+    """Yield (linear, its weight or bias, "weight" or "bias") for all that a loaded parameter holds."""
     if not isinstance(module, AfpqExperts):
         conv1d = isinstance(module, AfpqLinear) and module.conv1d
         yield name, weight.T if conv1d else weight, "weight"

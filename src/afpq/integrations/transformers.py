@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The Transformers plug-in: quantize while loading, load what was saved. Importing this file registers it.
+"""The Transformers plug-in: quantize while loading, and load saved models. Importing this file registers it.
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=AfpqConfig(format="nf4"))
     AutoModelForCausalLM.from_pretrained("a directory written by afpq")
     AutoModelForCausalLM.from_pretrained("the same", quantization_config=AfpqConfig(dequantize=True))
 
-Stays within the hooks that have been the same since Transformers 5.0. Before any weight is loaded, every tensor the
-model expects is looked up in the checkpoint's headers: Transformers itself would leave a missing or misshapen one
-as uninitialized memory, with a warning at most.
+It uses only hooks that are unchanged since Transformers 5.0. Before any weight is loaded, every tensor that the model
+expects is looked up in the checkpoint's headers: Transformers would leave a missing or misshapen one as uninitialized
+memory, with a warning at most.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from afpq.recipe import Recipe, is_kept
 
 
 class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How to quantize, or how a saved model was: the `quantization_config` of its config.json.
+    """The quantization of a model, to be done or saved: the `quantization_config` of its config.json.
 
     bits (2, 3, 4, 8) picks the normal-float format of that width unless `format` names one; `sym=False` means a
     scale for each sign (a zero point for integer formats). `modules_to_not_convert` holds names or patterns of
     modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. The output head and the
-    embedding stay as they are unless `lm_head` and `embedding` say how to store them: a scheme's text, its keys, or
-    "same" as the rest; tied ones are one weight. `dequantize` loads a saved model with plain weights; all else then
-    comes from the saved model. Raises AfpqError for values that make no sense.
+    embedding stay as they are unless `lm_head` and `embedding` give a scheme: its text, its keys, or "same" as the
+    rest; tied ones are one weight. `dequantize` loads a saved model with float weights; everything else then comes
+    from the saved model. Raises AfpqError for invalid values.
     """
 
-    dequantize = False  # of the instance only where it is asked for: a wish of the one who loads, never saved
+    dequantize = False  # set in an instance only if requested: an option of loading, never saved
 
     def __init__(
         self,
@@ -81,16 +81,16 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.dequantize = True
 
     def recipe(self) -> tuple[Recipe, list[str]]:
-        """(recipe, modules_to_not_convert)."""
+        """Return (recipe, modules_to_not_convert)."""
         return config_from_json(self.__dict__)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config given to `from_pretrained` changes of the saved one."""
+        """Return the keys that a config given to `from_pretrained` changes in the saved one."""
         return {"dequantize": True} if self.dequantize else {}
 
 
 class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps linears for AfpqLinear before loading; fills them from the checkpoint, or quantizes what is loaded."""
+    """The quantizer: replaces linears by AfpqLinear before loading, then fills them or quantizes what is loaded."""
 
     requires_calibration = False
 
@@ -106,7 +106,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Nothing to check: the plain-torch kernels run everywhere."""
+        """Check nothing: the plain-torch kernels run everywhere."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -121,7 +121,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         other = next((file for file in checkpoint_files or () if not file.endswith(".safetensors")), None)
         if self.pre_quantized and other is not None:
             raise AfpqError(f"{other}: a quantized model is read from safetensors only")
-        self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # for the card to push
+        self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # with the card to upload
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = TensorLookup(headers, model)
         recipe, ends = self._settle(model, recipe, located)
@@ -131,14 +131,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             saved = saved_name(name, located)
             return None if is_kept(saved, kept) or name in schemes else recipe.scheme_for(saved)
 
-        # A saved model lists every linear it kept; the blocks matter only while deciding.
+        # A saved model lists every linear it kept; the blocks matter only for a new one.
         self.blocks = [block.name for block in find_blocks(model)]
         places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
         pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         pack_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
-        self.settled, self.ends, self.learned = recipe, ends, _learned(model)
+        self.settled, self.ends, self.learned = recipe, ends, _unlearned(model)
         if self.pre_quantized and self.learned:
             raise AfpqError(f"quantization_config: no code book for {self.learned[0]}; config.json is incomplete")
         mark_initialized(model)
@@ -153,7 +153,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.quantization_config.__dict__.update(ends_to_json(recipe))
 
     def _settle(self, model: PreTrainedModel, recipe: Recipe, located: TensorLookup) -> tuple[Recipe, EmbeddingAndHead]:
-        """The recipe with its schemes of the ends, and the ends: tied unless the checkpoint has them apart."""
+        """Return the recipe with its schemes of the ends, and the ends: tied unless the checkpoint stores both."""
         if not self.pre_quantized:
             return settle_recipe(model, recipe, located.hold_different_values)
         return recipe, saved_ends(model, lambda name: located.find(name) is not None)
@@ -172,14 +172,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.settle() if isinstance(module, AfpqEmbedding) else module.prepare()
         if not self.pre_quantized:
             if self.learned:
-                self._note_books(model)
+                self._note_codebooks(model)
             warn_of_left(model, self.blocks)
-        if self.quantization_config.dequantize:  # Transformers has dropped the config by now; the weights are packed
+        if self.quantization_config.dequantize:  # Transformers has dropped the config here, but the weights are packed
             unpack_model(model, model.dtype)
         return model
 
-    def _note_books(self, model: PreTrainedModel) -> None:
-        """Say in the config which book each layer has learned: it is saved there."""
+    def _note_codebooks(self, model: PreTrainedModel) -> None:
+        """Write the codebook that each layer has learned to the config, where it is saved."""
         schemes = {name: model.get_submodule(name).scheme for name in self.learned}
         recipe, config = settled_recipe(self.settled, self.ends, schemes), self.quantization_config
         skips = {key: value for key, value in config.dynamic.items() if key.startswith("-:")}
@@ -191,7 +191,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return is_loading_slot(model.get_submodule(parent), name)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
-        """Where experts lie elsewhere in the files, and Transformers' own table would only rename what it merges."""
+        """Return the renamings of experts with another path in files; Transformers' table renames only merged ones."""
         moved = {(m.in_files, m.merged) for m in self.merges if m.in_files != m.merged} if self.pre_quantized else set()
         return [WeightRenaming(f"{in_files}.", f"{merged}.") for in_files, merged in sorted(moved)]
 
@@ -199,10 +199,10 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return QuantizeLoaded(self.failures, self.quantization_config.recipe()[0].search)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Plain linears in place of ours, so that the model is an ordinary one in `dtype`, by default the one it has.
+        """Replace packed modules by float ones, so that the model is an ordinary one in `dtype` (by default its own).
 
-        Everything that is in the model's dtype is cast along, as it has to compute with the weights. Raises AfpqError,
-        with the model as it was, for a weight too large for `dtype` or one that is offloaded.
+        Everything that is in the model's dtype is cast too, since it computes with the weights. Raises AfpqError, with
+        the model unchanged, for a weight too large for `dtype` or one that is offloaded.
         """
         unpack_model(model, dtype or model.dtype)
         self.remove_quantization_config(model)
@@ -212,14 +212,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _learned(model: nn.Module) -> list[str]:
-    """The packed modules whose books are still to be learned."""
+def _unlearned(model: nn.Module) -> list[str]:
+    """Return the packed modules whose codebooks are still to be learned."""
     packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
     return [name for name, module in packed if module.scheme.format.learned]
 
 
 def _headers_of(file: str) -> dict[str, TensorInfo]:
-    """Of a safetensors file; of anything else none, since only those are ours."""
+    """Read the headers of a safetensors file; any other file has none."""
     return tensor_headers(Path(file)) if file.endswith(".safetensors") else {}
 
 
@@ -227,7 +227,7 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration rai
     register_quantization_config(QUANT_METHOD)(AfpqConfig)
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
     wrap_upload()
-    # Methods whose config may be given beside a saved one. There is no hook for it; the first 5.x have no list either
-    # and warn that they keep to the saved config.
+    # Methods whose config may be given in addition to a saved one. There is no hook for it; the first 5.x have no list
+    # either, and warn that they use the saved config.
     if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AfpqConfig,)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A budget of bits: each group of layers gets the scheme that makes the predicted KL of the whole least.
+"""A budget of bits: choose a scheme for each group of layers so that the predicted KL of the model is least.
 
-The schemes to choose from are data (CANDIDATES, or the user's). What each costs in each group is measured
+The schemes to choose from are data (CANDIDATES, or the user's). The cost of each in each group is measured
 (`sensitivity.py`) and kept in a file, so that another budget, or a run that was stopped, need not measure again. The
-choice becomes overrides of the recipe, and so all else knows it as if the user had named every layer.
+choice becomes overrides of the recipe (`chosen_overrides.py`), as if the user had named every layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from afpq.jobs.sensitivity_file import losses_to_json, read_losses
 from afpq.numerics.scheme import Scheme, parse_scheme
 from afpq.version import __version__
 
-# From 2.25 to 4.5 true bits in small steps. Not 8 bits: no kernel is fast there.
+# From 2.25 to 4.5 true bits in small steps; not 8 bits, which has no fast kernel.
 CANDIDATES = (
     "nf2-asym-g64-log8", "nf2-asym-g32-log8",
     "nf3-sym-g128-log8", "nf3-sym-g64-log8", "nf3-asym-g64-log8", "nf3-asym-g32-log8",
@@ -39,7 +39,7 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class Budget:
-    """True bits, scales included, of a quantized weight of the blocks on average, at most; and what to choose from."""
+    """The most true bits, scales included, per quantized weight of the blocks, and the schemes to choose from."""
 
     bits_per_weight: float
     candidates: tuple[Scheme, ...] = tuple(map(parse_scheme, CANDIDATES))
@@ -55,7 +55,7 @@ class Budget:
 
 
 def make_budget(bits_per_weight: float | None, candidates: Sequence[str | Scheme] | None) -> Budget | None:
-    """From what a user gave; None for nothing. Raises AfpqError for candidates without a budget, or bad ones."""
+    """Make a user's budget; None for no budget. Raises AfpqError for candidates without one, or invalid ones."""
     if bits_per_weight is None:
         if candidates is not None:
             raise AfpqError("candidates (--candidates) are for a budget of bits: give --bits-per-weight too")
@@ -67,9 +67,9 @@ def make_budget(bits_per_weight: float | None, candidates: Sequence[str | Scheme
 
 @dataclass(frozen=True)
 class Choice:
-    """A scheme for each group. `kl`: predicted divergence from the float model, nats a token; a rough figure.
+    """A scheme for each group. `kl`: predicted divergence from the float model in nats per token, a rough figure.
 
-    `key` tells what the losses were measured on; the groups' losses are in the order of the budget's candidates.
+    `key` identifies the measurement; the groups' losses are in the order of the budget's candidates.
     """
 
     budget: Budget
@@ -79,10 +79,11 @@ class Choice:
     key: dict[str, str]
 
     def layers(self) -> dict[str, Scheme]:
+        """Return the scheme of every layer."""
         return {layer: scheme for group, scheme in zip(self.groups, self.schemes) for layer in group.layers}
 
     def to_json(self) -> dict[str, Any]:
-        """What is kept beside a result; `read_losses` reads it."""
+        """Return the content of a result's file SENSITIVITIES; `read_losses` reads it."""
         return {
             **losses_to_json(self.budget.candidates, self.groups, self.key),
             "bits_per_weight": self.budget.bits_per_weight,
@@ -92,13 +93,13 @@ class Choice:
 
 
 def free_targets(plan: Plan) -> list[Target]:
-    """The linears of the blocks that no override of the user settles."""
+    """Return the linears of the blocks without an override of the user."""
     patterns = [pattern for pattern, _ in plan.recipe.overrides]
     return [t for t in plan.block_targets if not any(re.search(pattern, t.module) for pattern in patterns)]
 
 
 def check_budget(plan: Plan, budget: Budget) -> None:
-    """Raises AfpqError, before anything is measured, where no choice of schemes can have so many bits."""
+    """Raise AfpqError, before anything is measured, if no choice of schemes can have so many bits."""
     free = free_targets(plan)
     if not free:
         raise AfpqError("nothing is left to choose: an override or a skip settles every layer")
@@ -114,7 +115,7 @@ def check_budget(plan: Plan, budget: Budget) -> None:
 
 
 def choose_schemes(plan: Plan, budget: Budget, groups: Sequence[GroupLosses], key: dict[str, str]) -> Choice:
-    """The schemes of least predicted KL. What text does not reach gets the most bits that are within the budget's."""
+    """Choose the schemes of least predicted KL; layers that text does not reach get the most bits within the budget."""
     targets = {target.module: target for target in plan.block_targets}
     costs = [[sum(_bytes(targets[name], s) for name in group.layers) for s in budget.candidates] for group in groups]
     total = sum(target.elements for target in targets.values())
@@ -149,7 +150,7 @@ def settle_budget(
     file: Path | None,
     progress: Progress | None,
 ) -> Choice:
-    """Measure, unless `file` holds the same measured before, keep it there, and choose."""
+    """Choose schemes by losses from `file`, or measure them and write them there."""
     check_budget(plan, budget)
     key = _key(plan, budget, how)
     free = free_targets(plan)
@@ -176,7 +177,7 @@ def _fits(groups: Sequence[GroupLosses], targets: Sequence[Target], budget: Budg
 
 
 def _key(plan: Plan, budget: Budget, how: SensitivitySettings) -> dict[str, str]:
-    """Everything that decides the losses; the number of bits does not."""
+    """Return everything that decides the losses, which the number of bits does not."""
     recipe = plan.recipe
     return {
         "version of afpq": __version__,

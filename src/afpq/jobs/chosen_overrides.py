@@ -19,7 +19,7 @@ from afpq.recipe import Recipe
 
 
 def with_choice(recipe: Recipe, choice: Choice, plan: Plan, model: PreTrainedModel) -> Recipe:
-    """The recipe with the scheme chosen most often as its own, and overrides behind the user's for all other layers."""
+    """Return the recipe with the most frequent scheme as its own, and overrides for others after the user's."""
     weights: Counter[Scheme] = Counter()
     kinds: dict[Scheme, dict[str, None]] = {}
     layers = choice.layers()
@@ -36,10 +36,10 @@ def with_choice(recipe: Recipe, choice: Choice, plan: Plan, model: PreTrainedMod
 
 
 def pattern_of(names: Sequence[str], blocks: Sequence[str], start: str = "") -> str:
-    """A regular expression of exactly these layers: for each set of linears, the numbers of the blocks that have it.
+    """Return a regular expression for exactly these layers: for each set of linears, the numbers of its blocks.
 
-    A `*` stands for any number, as of an expert. `start`, such as "model.", may be missing: so are names where the
-    model is loaded without its head.
+    A `*` is any number, such as an expert's. `start`, such as "model.", is optional: names lack it if the model is
+    loaded without its head.
     """
     found: dict[tuple[str, str], list[str]] = {}  # (list of blocks, linear inside) -> numbers
     for name in names:

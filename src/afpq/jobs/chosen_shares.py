@@ -13,7 +13,7 @@ from afpq.numerics.scheme import Scheme
 
 @dataclass(frozen=True)
 class Share:
-    """What one scheme was chosen for: how many layers, bytes and weights of the model, and layers by kind."""
+    """The layers, bytes and weights of the model with one chosen scheme; `kinds` counts layers by kind."""
 
     scheme: Scheme
     layers: int
@@ -27,7 +27,7 @@ class Share:
 
 
 def shares(choice: Choice, plan: Plan) -> list[Share]:
-    """By scheme, from few bits to many. `plan` is the one made with the choice."""
+    """Return the shares in ascending bits; `plan` is the one made with the choice."""
     layers = choice.layers()
     members: dict[Scheme, list[Target]] = {}
     for target in plan.block_targets:
@@ -50,7 +50,7 @@ SHARES = ("scheme", "true bits", "layers", "weights", "which")
 
 
 def share_cells(choice: Choice, plan: Plan) -> list[tuple[str, ...]]:
-    """The choice as a table, under SHARES."""
+    """Return the choice as rows of a table with the header SHARES."""
     total = sum(target.elements for target in plan.block_targets)
     return [
         (

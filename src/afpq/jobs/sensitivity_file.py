@@ -16,6 +16,7 @@ SENSITIVITIES = "afpq_sensitivities.json"  # in a result whose schemes were chos
 
 
 def losses_to_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], key: dict[str, str]) -> dict[str, Any]:
+    """Return the file's content; `key` identifies the measurement."""
     return {
         "measured_on": key,
         "candidates": list(map(str, candidates)),
@@ -24,9 +25,9 @@ def losses_to_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], 
 
 
 def read_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
-    """What `file` holds, if it was measured on the same; None if there is no such file.
+    """Read the losses in `file`; None if there is no such file.
 
-    Raises AfpqError for a file of something else.
+    Raises AfpqError if they were measured on something else than `key`, and for another kind of file.
     """
     if not file.exists():
         return None

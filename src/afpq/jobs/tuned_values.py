@@ -25,7 +25,7 @@ from afpq.numerics.scales import round_to_storage
 
 
 class _StraightThrough(torch.autograd.Function):
-    """(exact, rounded) -> rounded, whose gradient goes to exact as if it had not been rounded."""
+    """A straight-through estimator: (exact, rounded) -> rounded, whose gradient goes to exact."""
 
     @staticmethod
     def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def _straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
 
 
 class TunedScales:
-    """A layer's scales [out, groups] times exp(moves); the moves, one tensor a side, are what is tuned."""
+    """A layer's scales [out, groups] times exp(moves); the moves, one tensor per side, are tuned."""
 
     def __init__(self, layer: AfpqLinear) -> None:
         weight = layer.quantized_weight()
@@ -53,7 +53,7 @@ class TunedScales:
         self.moves = [torch.zeros_like(side, requires_grad=True) for side in self.sides]
 
     def rounded(self) -> GroupScales:
-        """As they would be saved, signs kept."""
+        """Return the scales as they would be saved, with their signs."""
         sizes = [side.abs() * move.exp() for side, move in zip(self.sides, self.moves)]
         saved = [
             _straight_through(size, round_to_storage(size.detach(), self.weight.scheme, saturate=True))
@@ -63,13 +63,13 @@ class TunedScales:
         return GroupScales(signed[0], signed[-1], self.weight.scales.zero)
 
     def matrix(self) -> Tensor:
-        """[out, in] float32, differentiable in the moves."""
+        """Return the weight [out, in] in float32, differentiable in the moves."""
         scheme = self.weight.scheme
         codes = self.weight.codes
         return decode(codes, self.rounded(), scheme.format.values, scheme.span(codes.shape[1]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The saved tensors of the scales as they are now."""
+        """Return the tensors to save for the current scales."""
         with torch.no_grad():
             new, old = self.rounded(), self.weight
             pos, neg = (side.to(old.scales.pos.dtype) for side in (new.pos, new.neg))
@@ -78,7 +78,7 @@ class TunedScales:
 
 
 class TunedVector:
-    """A parameter of one dimension plus `move` times its size; saved in `dtype`, whatever the model computes in."""
+    """A one-dimensional parameter plus `move` times its size; saved in `dtype`, whatever the model computes in."""
 
     def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
         self.value, self.computed, self.dtype = value.detach().float(), value.dtype, dtype
@@ -86,12 +86,13 @@ class TunedVector:
         self.move = torch.zeros_like(self.value, requires_grad=True)
 
     def rounded(self) -> Tensor:
+        """Return the vector rounded to `dtype`, in the dtype the model computes in."""
         exact = self.value + self.size * self.move
         return _straight_through(exact, exact.to(self.dtype)).to(self.computed)
 
 
 class TunedValues:
-    """All that is tuned of a model: scales by module, vectors by parameter name."""
+    """The tuned values of a model: scales by module, vectors by parameter name."""
 
     def __init__(self, model: nn.Module, vectors: dict[str, torch.dtype]) -> None:
         self.model = model
@@ -105,16 +106,18 @@ class TunedValues:
         }
 
     def moves(self) -> list[Tensor]:
+        """Return the tensors that the optimizer changes."""
         return [m for s in self.scales.values() for m in s.moves] + [v.move for v in self.vectors.values()]
 
     def logits(self, ids: Tensor) -> Tensor:
+        """Run the model with its tuned values on tokens [windows, length]; float32 logits."""
         vectors = {name: vector.rounded() for name, vector in self.vectors.items()}
         with self._differentiable():
             result = functional_call(self.model, vectors, (ids,), {"use_cache": False})
         return result.logits.float()  # type: ignore[no-any-return]
 
     def _differentiable(self) -> AbstractContextManager[None]:
-        """Inside, quantized layers unpack their weights with the tuned scales, once more for the gradient."""
+        """Inside, quantized layers unpack their weights with the tuned scales, and again for the gradient."""
 
         def replacement(name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
             scales = self.scales[name]
@@ -122,7 +125,7 @@ class TunedValues:
             def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
                 return linear(x, scales.matrix().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-            # The bias is read now: it is one that is tuned only while the model runs, not when its gradient is taken.
+            # The bias is read here: `functional_call` provides the tuned one only while the model runs.
             return lambda x: checkpoint(multiply, x, layer.bias, use_reentrant=False)
 
         layers = [(name, self.model.get_submodule(name)) for name in self.scales]

@@ -25,8 +25,8 @@ class PackedModule(nn.Module):
     """A matrix [rows, columns] packed by its scheme, in buffers.
 
     `packing.layout` gives the buffers' names, shapes and dtypes: `qweight` and `scales_pos` + `scales_neg`, `scales`,
-    or `scales` + `zeros`, and `scale_grid` if scales are bytes. Scales keep their dtype under `.to(dtype)` and `.half()`:
-    they are storage, not arithmetic.
+    or `scales` + `zeros`, and `scale_grid` if scales are bytes. Scales keep their dtype under `.to(dtype)` and
+    `.half()`: they are storage, not arithmetic.
     """
 
     qweight: Tensor
