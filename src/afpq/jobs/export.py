@@ -57,7 +57,7 @@ def export(
     """Write the quantized checkpoint `model` (a directory or hub id) into the new directory `out` with plain weights.
 
     `dtype` is bf16, fp16, fp32 or the torch dtype; by default that of the tensors that are not quantized. Those are
-    cast to it too, except the ones in a wider dtype than the rest (a router's float32 bias in a bfloat16 model): they are
+    cast too, except the ones in a wider dtype than the rest (a router's float32 bias in a bfloat16 model): they are
     wide on purpose. `out` appears when complete. Raises AfpqError for a checkpoint that is not afpq's or is broken, and
     for a tensor too large for `dtype`.
     """
@@ -148,9 +148,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
     if not tensor.numel() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return result
-    if bool(
-        torch.isfinite(torch.stack(tensor.aminmax()).to(dtype)).all()
-    ):  # one pass, where asking each number takes three
+    extremes = torch.stack(tensor.aminmax()).to(dtype)  # one pass; a check of each number takes three
+    if bool(torch.isfinite(extremes).all()):
         return result
     lost = torch.isfinite(tensor) & ~torch.isfinite(result)
     if bool(lost.any()):
