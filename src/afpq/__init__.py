@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""afpq: 3- and 4-bit weights with a scale for each sign. Importing it registers the Transformers plug-in."""
+"""afpq: 2- to 4-bit weights with a scale for each sign. Importing it registers the Transformers plug-in."""
 
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.api import quantize

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: runs a command (`commands/`). Wrong input: one line, exit code 2; a stop: exit code 130."""
+"""The command line: run a command of `commands/`. Wrong input: one line, exit code 2; a stop: exit code 130."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = (quantize, inspect, evaluate, compare, exchange)  # importing them re
 
 
 class _Stop:
-    """Handler of SIGINT and SIGTERM; it remembers, since libraries may turn the exception into one of their own."""
+    """A handler of SIGINT and SIGTERM with a flag, since libraries may replace the exception by their own."""
 
     called = False
 
@@ -31,14 +31,14 @@ class _Stop:
 
 
 def main() -> None:
-    """Entry point of `afpq`."""
+    """Run `afpq`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stop = _Stop()
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
         signal.signal(signal.SIGINT, stop)
     try:
-        if app(standalone_mode=False) == 130:  # Typer's own way to say that it was interrupted
+        if app(standalone_mode=False) == 130:  # Typer's result of an interrupted command
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         _stopped()

@@ -5,8 +5,24 @@ from __future__ import annotations
 
 
 class AfpqError(Exception):
-    """Bad input, named, with what to do about it. The command line prints it as one line and exits with 2."""
+    """Bad input, named, with what to do about it; the command line prints it as one line and exits with 2."""
 
     def __init__(self, message: str) -> None:
-        """Names in files may be of any length; a message is not."""
+        """Cut a message of more than 2000 characters in its middle: names in files may be of any length."""
         super().__init__(message if len(message) <= 2000 else f"{message[:1200]} ... {message[-700:]}")
+
+
+def out_of_memory(error: Exception) -> AfpqError | None:
+    """The error to raise if `error` is a lack of memory, on a GPU or a CPU; None for any other error.
+
+    torch raises a subclass of RuntimeError for a GPU and a plain RuntimeError for a CPU.
+    """
+    import torch
+
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if not full:
+        return None
+    reason = " ".join(str(error).split())[:200]
+    return AfpqError(
+        f"out of memory ({reason or 'no details'}): use a smaller --seq-len, fewer --samples or another --device"
+    )

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: MIT
-"""The version, in a file that imports nothing."""
+"""The version of afpq; this file imports nothing."""
 
 __version__ = "0.1.0"

@@ -16,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from afpq.calibration.backward import FloatModelPass, Listener
-from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
+from afpq.calibration.backward import FloatModelPass, GradientHook, step_back
+from afpq.calibration.capture import BlockCall
+from afpq.calibration.hidden_states import Activations
+from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, recording
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.reader import open_checkpoint
+from afpq.errors import AfpqError
 from afpq.model.blocks import Block
 from afpq.model.skeleton import build_skeleton
 from afpq.model.unfuse import unfuse
@@ -50,13 +53,13 @@ def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
     taps: dict[str, LinearStatistics] = {}
     found: dict[str, LinearStatistics] = {}
 
-    def listen(block: Block) -> Listener:
+    def hook_for(block: Block) -> GradientHook:
         found.clear()
         wanted = {target.module for target in plan.block_targets}
         names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears() if name in wanted]
-        return partial(listening, names, WINDOWS.shape, names, found)
+        return partial(recording, names, WINDOWS.shape, names, found)
 
-    for block in passes.backwards(3, listen):
+    for block in passes.backwards(3, hook_for):
         taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
     return taps
 
@@ -132,3 +135,37 @@ def test_a_gram_is_the_same_by_tokens_or_summed(sizes: list[int], width: int) ->
     assert torch.allclose(gram.diagonal(), x.square().sum(0), atol=1e-4)
     F = torch.randn(3, width)
     assert torch.allclose(gram.product(E, F), ((x @ E.T) * (x @ F.T)).sum(0), rtol=1e-3, atol=1e-3)
+
+
+class Failing(torch.autograd.Function):
+    """Identity whose backward pass raises ERROR."""
+
+    error: Exception
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        raise Failing.error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), r"^out of memory .*--seq-len.*--samples.*--device"),
+        (RuntimeError("no derivative"), r"cannot be run backwards \(no derivative\)"),
+    ],
+    ids=["memory", "derivative"],
+)
+def test_lack_of_memory_on_the_way_back_is_named(error: Exception, message: str, tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = Failing.apply(x)  # type: ignore[no-untyped-call]
+            return result
+
+    Failing.error = error
+    states, behind = (Activations(tmp_path / name, (1, 2, 3), create=True) for name in ("states", "behind"))
+    with pytest.raises(AfpqError, match=message):
+        step_back(Block(), BlockCall((), {}, False), states, behind, CPU)

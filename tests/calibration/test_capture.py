@@ -171,3 +171,32 @@ def test_outputs_that_overflow_are_an_error(tmp_path: Path) -> None:
     states = stored(tmp_path / "a", first[0])
     with pytest.raises(AfpqError, match="NaN or Inf"):
         advance(blocks[0].module, call, states, Activations(tmp_path / "b", (4, 12, 32), True), CPU)
+
+
+CPU_FULL = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+FULL = pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_FULL), MemoryError()], ids=type
+)
+
+
+@FULL
+def test_lack_of_memory_is_not_called_an_unsupported_architecture(error: Exception) -> None:
+    model = tiny("llama")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.get_submodule("model.embed_tokens").register_forward_pre_hook(fail)
+    with pytest.raises(AfpqError, match=r"^out of memory .*--seq-len.*--samples.*--device"):
+        capture(model, find_blocks(model), ids(), lambda *_: None)
+
+
+def test_other_errors_are_not_called_a_lack_of_memory() -> None:
+    model = tiny("llama")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    model.get_submodule("model.embed_tokens").register_forward_pre_hook(fail)
+    with pytest.raises(AfpqError, match=r"cannot run this architecture block by block \(shapes do not fit\)"):
+        capture(model, find_blocks(model), ids(), lambda *_: None)

@@ -70,7 +70,7 @@ def test_tokens_go_where_they_are_routed() -> None:
 
 
 def test_a_sample_of_tokens_is_spread_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afpq.calibration.expert_inputs.BATCH_TOKENS", 4)
+    monkeypatch.setattr("afpq.calibration.expert_inputs.BLOCK_BATCH_TOKENS", 4)
     tokens = Tokens(torch.arange(20.0)[:, None], torch.arange(0, 20, 2))
     assert tokens.sample(CPU)[:, 0].tolist() == [0.0, 6.0, 12.0, 18.0]
     assert [len(hidden) for _, hidden in tokens.batches(CPU)] == [4, 4, 2]

@@ -156,7 +156,7 @@ def test_batches_do_not_change_the_result(
     model: Any, small: Any, text: Tensor, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = evaluate(small, text, logits_of(model, text)).to_json()
-    monkeypatch.setattr(afpq.evaluation.perplexity, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(afpq.evaluation.perplexity, "LOGITS_BATCH_TOKENS", batch_tokens)
     result = evaluate(small, text, logits_of(model, text)).to_json()
     assert result == pytest.approx(expected, rel=1e-4)
 

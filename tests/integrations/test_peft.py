@@ -30,7 +30,8 @@ from afpq.model.quantize_in_memory import quantize_model
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'afpq[peft]'")
 from afpq.integrations import peft as plugin  # noqa: E402
-from afpq.integrations.peft import AfpqLoraLinear, requantized  # noqa: E402
+from afpq.integrations.lora_merge import requantized  # noqa: E402
+from afpq.integrations.peft import AfpqLoraLinear  # noqa: E402
 
 # Transformers warns of its own name, at the place of whoever catches warnings.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -21,8 +21,10 @@ import afpq
 from afpq import AfpqError, Recipe, parse_scheme
 from afpq.calibration.sensitivity import GroupLosses, kind_of_layer
 from afpq.evaluation.loading import load_model
-from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget, pattern_of, read_losses, with_choice
+from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget
+from afpq.jobs.chosen_overrides import pattern_of, with_choice
 from afpq.jobs.prepare import CalibrationSettings, Job, prepare
+from afpq.jobs.sensitivity_file import read_losses
 from afpq.model.blocks import find_blocks
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))

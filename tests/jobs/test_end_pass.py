@@ -86,10 +86,10 @@ def test_other_text_gains_too(tiny_model_dir: Path) -> None:
 
 def test_gradients_are_those_of_scales_and_vectors(tiny_model_dir: Path) -> None:
     """One step against the gradient lowers the loss as much as the gradient says (float32 scales: no storage)."""
-    from afpq.jobs.end_pass import _Tuned
+    from afpq.jobs.tuned_values import TunedValues
 
     model, original = pair(tiny_model_dir, "nf3-asym-g32-float32")
-    tuned = _Tuned(model, vectors_of(model))
+    tuned = TunedValues(model, vectors_of(model))
     ids = random_windows(4)
     with torch.no_grad():
         reference = original(ids).logits

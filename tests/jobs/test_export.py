@@ -155,7 +155,7 @@ def test_rows_unpacked_a_few_at_a_time_make_the_same_weight(packed: Path, monkey
     checkpoint = open_checkpoint(packed)
     layers = quantized_layers(checkpoint)
     whole = [module.dequantized(checkpoint, layer, torch.float32) for layer in layers]
-    monkeypatch.setattr(module, "SLAB", 200)  # three rows, or two
+    monkeypatch.setattr(module, "SLAB_WEIGHTS", 200)  # three rows, or two
     assert all(
         torch.equal(module.dequantized(checkpoint, layer, torch.float32), weight)
         for layer, weight in zip(layers, whole, strict=True)

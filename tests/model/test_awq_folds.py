@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from afpq.errors import AfpqError
-from afpq.model.awq_folds import FAMILIES, Fold, apply_fold, fold_weights, folds_of, producer_rows, shared_mean
+from afpq.model.apply_folds import apply_fold, fold_weights, folds_of, producer_rows, shared_mean
+from afpq.model.awq_folds import FAMILIES, Fold
 from afpq.model.blocks import find_blocks
 from afpq.model.experts import AfpqExperts
 from afpq.model.unfuse import unfuse

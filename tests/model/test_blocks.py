@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from afpq.model.blocks import find_blocks, find_linears, replace_module
+from afpq.model.blocks import find_blocks, find_linears, replace_module, replaced_forwards
 
 
 class Layer(nn.Module):
@@ -108,3 +110,30 @@ def test_a_replaced_module_is_used() -> None:
     replace_module(model, "0", nn.Identity())
     replace_module(model, "1.0", nn.Identity())
     assert torch.equal(model(torch.ones(4)), torch.ones(4))
+
+
+def test_forwards_are_replaced_for_a_while() -> None:
+    """A forward of the instance, as accelerate's hooks leave one, comes back; so does the class's."""
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    layers[1].forward = own = lambda x: x + 1
+
+    def make(factor: int, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: factor * layer.get_parameter("bias")
+
+    x = torch.ones(4)
+    with replaced_forwards([(2, layers[0]), (3, layers[1])], make):
+        assert torch.equal(layers[0](x), 2 * layers[0].bias) and torch.equal(layers[1](x), 3 * layers[1].bias)
+    assert "forward" not in vars(layers[0]) and layers[1].forward is own
+
+
+def test_forwards_come_back_after_an_error_half_way() -> None:
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+
+    def make(key: int, _layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        if key == 1:
+            raise ValueError("half way")
+        return lambda x: x
+
+    with pytest.raises(ValueError, match="half way"), replaced_forwards(list(enumerate(layers)), make):
+        pass
+    assert all("forward" not in vars(layer) for layer in layers)

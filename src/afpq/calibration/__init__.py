@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A model run block by block on text: hidden states, second moments, gradients, and layers solved with them."""
+"""Run a model block by block on text and solve its layers with the hidden states, second moments and gradients."""

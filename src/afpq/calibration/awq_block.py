@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AWQ on a block: search each fold's channel scales against the error of the module around it, then fold them in."""
+"""AWQ on a block: search each fold's channel scales by the error of the module around it, then fold them in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from afpq.algorithms import quantize_rtn, search_channel_scales
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.stages import arguments_of, input_of
-from afpq.model.awq_folds import Fold, apply_fold, fold_weights, folds_of, shared_mean
+from afpq.model.apply_folds import apply_fold, fold_weights, folds_of, shared_mean
+from afpq.model.awq_folds import Fold
 from afpq.numerics.scheme import Scheme
 
 
@@ -25,11 +26,11 @@ def awq_scale(
     schemes: Mapping[str, Scheme],
     saved_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, float]:
-    """Scale a float block's channels in place so that rounding hurts its outputs less; its function stays.
+    """Scale a float block's channels in place so that rounding changes its outputs less; its function stays.
 
     `hidden` is a batch of hidden states that enter the block, `schemes` the linears to be quantized, `saved_dtypes` the
-    dtype of each parameter in the files: parameters that are not quantized end up rounded to it. Returns, by the fold's
-    producer, the error left relative to that without scaling; empty where the family has no known folds.
+    dtype of each parameter in the files, to which parameters that are not quantized are rounded. Returns, by fold, the
+    error left relative to that without scaling; empty if the family has no folds.
     """
     ratios: dict[str, float] = {}
     for fold in folds_of(block):
@@ -49,7 +50,7 @@ def awq_scale(
 def _search(
     block: nn.Module, fold: Fold, call: BlockCall, hidden: Tensor, schemes: Mapping[str, Scheme]
 ) -> tuple[float, Tensor]:
-    """(error left relative to no scaling, the scales)."""
+    """Return (error left relative to no scaling, the scales [in])."""
     inside = block.get_submodule(fold.inside)  # the block for ""
     args, kwargs = arguments_of(block, fold.inside, call, hidden)
     wanted = _run(inside, args, kwargs)
@@ -69,7 +70,7 @@ def _search(
         scheme = schemes.get(fold.linears[index])
         if scheme is None:
             return weight
-        # A book learned for every candidate would take longer than the rest of the search.
+        # Learning a codebook for every candidate would take longer than the rest of the search.
         return quantize_rtn(weight, replace(scheme, format=scheme.format.start)).dequantize()
 
     best = search_channel_scales(originals, shared_mean(block, fold, magnitude), loss, quantize)

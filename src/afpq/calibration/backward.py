@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Run the float model forwards and the gradients of its loss backwards, a block at a time.
 
-The pass forwards stores what enters every block; the pass backwards runs each block again, from the last to the first,
-and turns the gradients behind it into those in front of it. Whoever wants to know what reaches a block's linears gives
-a listener. Only one block is ever in memory, and what stands outside of the blocks.
+The forward pass stores the hidden states in front of every block; the backward pass runs each block again, from the
+last to the first, and turns the gradients behind it into those in front of it. A hook can record what reaches a block's
+linears meanwhile. Only one block is ever in memory, together with the modules outside the blocks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from afpq.calibration.head_inputs import fill_outside, standing_in
 from afpq.calibration.hidden_states import Activations
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, out_of_memory
 from afpq.model.blocks import Block, find_blocks
 
-Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]  # (step, steps done, steps in all)
 
 
 class FloatModelPass:
-    """The float model forwards, and gradients back."""
+    """The float model's forward pass and its gradients' backward pass over all windows."""
 
     def __init__(
         self, plan: Plan, model: PreTrainedModel, windows: Tensor, scratch: Path, device: torch.device, report: Progress
@@ -38,12 +38,12 @@ class FloatModelPass:
         self.plan, self.model, self.windows = plan, model, windows
         self.scratch, self.device, self.report = scratch, device, report
         self.blocks = find_blocks(model)
-        self.states: list[Activations] = []  # what enters each block, and what leaves the last
+        self.states: list[Activations] = []  # in front of each block, and behind the last
         self.calls: dict[str, BlockCall] = {}
         self.width = 0
 
     def forwards(self) -> None:
-        """Store the hidden states in front of every block, and find which blocks run."""
+        """Store the hidden states in front of every block, and find the blocks that run."""
         fill_outside(self.model, self.blocks, self.plan)
 
         def write(_first: str, rows: slice, hidden: Tensor) -> None:
@@ -67,16 +67,16 @@ class FloatModelPass:
                 real = self._load(block)
                 advance(real, self.calls[block.name], self.states[index], self.states[index + 1], device)
 
-    def backwards(self, seed: int, listen: Callable[[Block], Listener]) -> Iterator[Block]:
-        """Each block from the last to the first, once it has been listened to."""
+    def backwards(self, seed: int, hook_for: Callable[[Block], GradientHook]) -> Iterator[Block]:
+        """Yield each block from the last to the first, once gradients have passed it with its hook on."""
         gradients = self._store()
         self._from_the_end(gradients, seed)
         for done, block in enumerate(reversed(self.blocks)):
-            self._step_back(done, block, gradients, gradients, listen(block))
+            self._step_back(done, block, gradients, gradients, hook_for(block))
             yield block
 
     def keep_gradients(self, seed: int, place: Callable[[int], Path]) -> None:
-        """The gradients behind block i, in the file place(i), for all blocks."""
+        """Store the gradients behind block i in the file place(i), for all blocks."""
         last = len(self.blocks) - 1
         behind = self._create(place(last))
         self._from_the_end(behind, seed)
@@ -90,12 +90,12 @@ class FloatModelPass:
         loss_gradients(self.model, self.calls, self.windows, self.states.pop(), behind, seed)
 
     def _step_back(
-        self, done: int, block: Block, behind: Activations, before: Activations, listener: Listener | None
+        self, done: int, block: Block, behind: Activations, before: Activations, hook: GradientHook | None
     ) -> None:
         self.report(f"gradients: backwards {block.name}", len(self.blocks) + done, 2 * len(self.blocks))
         with named(block.name):
             real, call = self._load(block), self.calls[block.name]
-            step_back(real, call, self.states.pop(), behind, self.device, listener, before)
+            step_back(real, call, self.states.pop(), behind, self.device, hook, before)
 
     def _create(self, path: Path) -> Activations:
         return Activations(path, (*self.windows.shape, self.width), create=True)
@@ -103,8 +103,8 @@ class FloatModelPass:
     def _store(self) -> Activations:
         path = self.scratch / f"state-{len(self.states)}.bin"
         store = self._create(path)
-        with suppress(OSError):  # a system that does not allow it
-            path.unlink()  # the file lives on until it is used no more, however this run ends
+        with suppress(OSError):  # some systems do not allow it
+            path.unlink()  # the file lives until it is closed, however this run ends
         return store
 
     def _load(self, block: Block) -> nn.Module:
@@ -118,9 +118,9 @@ def loss_gradients(
     model: PreTrainedModel, calls: Mapping[str, BlockCall], windows: Tensor, last: Activations, gradients: Activations,
     seed: int,
 ) -> None:  # fmt: skip
-    """Gradients of the sum of -log p(y) with respect to what leaves the last block, y drawn from the predictions p.
+    """Compute gradients of the sum of -log p(y) by the last block's outputs, with y drawn from the predictions p.
 
-    All that stands outside the blocks is real in `model`, in float32 on the CPU. Window by window: logits are wide.
+    Everything outside the blocks is real in `model`, in float32 on the CPU. Window by window: logits are wide.
     """
     blocks = [block for block in find_blocks(model) if block.name in calls]
     generator = torch.Generator().manual_seed(seed)
@@ -139,24 +139,26 @@ def loss_gradients(
             (gradients.tensor[row : row + 1],) = torch.autograd.grad(loss, hidden)
 
 
-Listener = Callable[[nn.Module, slice], AbstractContextManager[None]]  # (block, windows that run inside of it)
+GradientHook = Callable[[nn.Module, slice], AbstractContextManager[None]]  # (block, windows that run inside it)
 
 
 def step_back(
     block: nn.Module, call: BlockCall, inputs: Activations, behind: Activations, device: torch.device,
-    listener: Listener | None = None, before: Activations | None = None,
+    hook: GradientHook | None = None, before: Activations | None = None,
 ) -> None:  # fmt: skip
-    """From the gradients behind the block those in front of it, written into `before` if there is one.
+    """Compute the gradients in front of the block from those behind it, and write them into `before` if given.
 
-    Raises AfpqError for a block that cannot be run backwards, or where they are NaN or Inf.
+    Raises AfpqError for a block that cannot be run backwards, for a lack of memory, and for NaN or Inf.
     """
     for rows, states in inputs.batches(device):
         hidden = states.detach().clone().requires_grad_()
-        with torch.enable_grad(), listener(block, rows) if listener is not None else nullcontext():
+        with torch.enable_grad(), hook(block, rows) if hook is not None else nullcontext():
             result = call(block, hidden.clone())  # a copy: a leaf may not be changed in place
             try:
                 (found,) = torch.autograd.grad(result, hidden, behind.tensor[rows].to(device))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if (full := out_of_memory(error)) is not None:
+                    raise full from None
                 raise AfpqError(f"cannot be run backwards ({' '.join(str(error).split())[:200]})") from None
         if not bool(torch.isfinite(found).all()):
             raise AfpqError("the gradients are NaN or Inf on the calibration text")

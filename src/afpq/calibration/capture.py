@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Run a model block by block: what enters the blocks, what each linear sees, what leaves.
+"""Capture how a model calls its blocks, and run a block alone on the hidden states of all windows.
 
-Only one block is ever in memory. The first step runs the model around its blocks with every block's `forward` replaced
-by a recorder that hands its input on: this yields the embeddings and, for each block, the other arguments the model
-gives it (positions, masks), whatever the architecture. After that a block is a function of hidden states alone.
+Only one block is ever in memory. The model runs once with every block's `forward` replaced by a recorder that returns
+its input: this yields the embeddings and, for each block, the other arguments the model passes (positions, masks),
+whatever the architecture. After that a block is a function of hidden states alone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from afpq.calibration.hidden_states import Activations, Inputs, batch_size
-from afpq.errors import AfpqError
-from afpq.model.blocks import Block
+from afpq.errors import AfpqError, out_of_memory
+from afpq.model.blocks import Block, replaced_forwards
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls a block, besides the hidden states it passes first."""
+    """The arguments with which the model calls a block, after the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    tuple_result: bool  # whether the model takes element 0 of what a block returns
+    tuple_result: bool  # whether the model takes element 0 of a block's result
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         result = block(hidden, *self.args, **self.kwargs)
@@ -38,12 +38,12 @@ class BlockCall:
 def capture(
     model: nn.Module, blocks: list[Block], windows: Tensor, write: Callable[[str, slice, Tensor], None]
 ) -> dict[str, BlockCall]:
-    """Run the model around its blocks; `write(block, rows, hidden)` receives what enters the first block of all run.
+    """Run the model around its blocks; `write(block, rows, hidden)` receives the inputs of the first that runs.
 
-    The model's parameters outside the blocks are real, those inside may be on the meta device. Returns the call of
-    each block by its name, in the order they run; a block that text does not reach, such as an image tower's, has none.
-    Raises AfpqError where a block cannot be run alone: where the calls depend on the text, or hidden states are changed
-    between blocks.
+    The model's parameters outside the blocks are real, those inside may be on the meta device. Returns each block's
+    call by its name, in the order they run; a block that text does not reach, such as an image tower's, has none.
+    Raises AfpqError if a block cannot be run alone (its call depends on the text, or hidden states change between
+    blocks), and for a lack of memory.
     """
     size = batch_size(*windows.shape)
     calls: dict[str, BlockCall] = {}
@@ -66,7 +66,9 @@ def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[
         with _recorders(blocks, seen, tuple_result), torch.no_grad():
             try:
                 getattr(model, "base_model", model)(ids, use_cache=False)
-            except (IndexError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            except (IndexError, AttributeError, TypeError, RuntimeError, ValueError, MemoryError) as error:
+                if (full := out_of_memory(error)) is not None:
+                    raise full from None
                 if tuple_result:
                     reason = " ".join(str(error).split())[:200]
                     raise AfpqError(
@@ -74,30 +76,25 @@ def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[
                     ) from None
                 continue
         calls = {name: call for name, _, call in seen}
-        # Recorders hand on what they get, so every block gets the same, unless the model changes it on the way.
+        # Recorders return their input, so every block gets the same, unless the model changes it between blocks.
         if seen and len(calls) == len(seen) and all(torch.equal(hidden, seen[0][1]) for _, hidden, _ in seen):
             return seen[0][1], calls
     raise AfpqError("this architecture does not simply call its blocks one after the other; use --method rtn")
 
 
-@contextmanager
-def _recorders(blocks: list[Block], seen: list[tuple[str, Tensor, BlockCall]], tuple_result: bool) -> Iterator[None]:
-    def recorder(name: str) -> Callable[..., Any]:
+def _recorders(
+    blocks: list[Block], seen: list[tuple[str, Tensor, BlockCall]], tuple_result: bool
+) -> AbstractContextManager[None]:
+    def recorder(name: str, _module: nn.Module) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            # The first is copied, to be compared with what the others get, should the model change it in place.
+            # The first is copied for the comparison with the others: the model may change it in place.
             seen.append((name, hidden if seen else hidden.clone(), BlockCall(rest, kwargs, tuple_result)))
             return (hidden,) if tuple_result else hidden
 
         return record
 
-    try:
-        for block in blocks:
-            block.module.forward = recorder(block.name)
-        yield
-    finally:
-        for block in blocks:
-            del block.module.forward
+    return replaced_forwards(((block.name, block.module) for block in blocks), recorder)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -111,7 +108,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Tensors anywhere inside tuples, lists and dicts to a device."""
+    """Move tensors anywhere inside tuples, lists and dicts to a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (tuple, list)):
@@ -122,9 +119,9 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """A copy of a module on the meta device with these parameters (names within it), float32, on `device`.
+    """Copy a module from the meta device, with these parameters (names within it) in float32 on `device`.
 
-    Raises AfpqError for a parameter that is not given.
+    Raises AfpqError for a missing parameter.
     """
     real = copy.deepcopy(module)
     for name, parameter in module.named_parameters():
@@ -139,7 +136,7 @@ def materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.dev
 
 @torch.no_grad()
 def advance(block: nn.Module, call: BlockCall, inputs: Inputs, outputs: Activations, device: torch.device) -> None:
-    """Outputs of the block for all windows. Raises AfpqError if they are not finite."""
+    """Run the block on all windows and store its outputs. Raises AfpqError if they are not finite."""
     for rows, hidden in inputs.batches(device):
         result = call(block, hidden)
         if not bool(torch.isfinite(result).all()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What reaches the experts of a block: their inputs for all windows, and which tokens go to which expert."""
+"""Inputs of a block's experts for all windows, and the tokens that are routed to each."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import torch
 from torch import Tensor, nn
 
 from afpq.calibration.capture import BlockCall
-from afpq.calibration.hidden_states import BATCH_TOKENS, Activations, Inputs
+from afpq.calibration.hidden_states import BLOCK_BATCH_TOKENS, Activations, Inputs
 from afpq.calibration.stages import arguments_of
 from afpq.errors import AfpqError
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some tokens of a tensor [tokens, hidden]: what enters one expert, as Activations are what enters a block."""
+    """The rows (int64 [count]) of a tensor [tokens, hidden] that enter one expert, as Activations enter a block."""
 
     tensor: Tensor
     rows: Tensor
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """(which tokens, their hidden states)."""
-        for rows in self.rows.split(BATCH_TOKENS):
+        """Yield (rows of the tensor, their hidden states on the device)."""
+        for rows in self.rows.split(BLOCK_BATCH_TOKENS):
             if len(rows):
                 yield rows, self.tensor[rows].to(device)
 
     def sample(self, device: torch.device) -> Tensor:
-        """At most one batch, spread evenly over all."""
-        count = min(len(self.rows), BATCH_TOKENS)
+        """Return at most one batch, spread evenly over all."""
+        count = min(len(self.rows), BLOCK_BATCH_TOKENS)
         spread = torch.linspace(0, len(self.rows) - 1, count).round().long()
         return self.tensor[self.rows[spread]].to(device)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The inputs of a module of experts: `hidden` [tokens, hidden] and the experts `chosen` [tokens, k] for each."""
+    """Inputs of a module of experts: `hidden` [tokens, hidden] and the experts `chosen` [tokens, k] for each token."""
 
     hidden: Tensor
     chosen: Tensor
 
     def tokens_of(self, expert: int | None) -> Tokens:
-        """The tokens that are routed to an expert; all of them for None."""
+        """Return the tokens that are routed to an expert; all of them for None."""
         reached = torch.ones(len(self.hidden), dtype=torch.bool)
         if expert is not None:
             reached = (self.chosen == expert).any(dim=1)
@@ -52,9 +52,9 @@ class Routed:
 
 
 def routed_batch(block: nn.Module, experts: str, call: BlockCall, hidden: Tensor) -> Routed:
-    """What the module called `experts` gets when `hidden` enters the block; nothing behind it is run.
+    """Return the inputs of the module `experts` when `hidden` enters the block; the rest is not run.
 
-    Raises AfpqError where the block does not hand it hidden states and the choice of experts, a row for each token.
+    Raises AfpqError if these are not hidden states and the choice of experts, a row for each token.
     """
     args, kwargs = arguments_of(block, experts, call, hidden)
     given = (*args, *kwargs.values())
@@ -64,7 +64,7 @@ def routed_batch(block: nn.Module, experts: str, call: BlockCall, hidden: Tensor
 
 
 def route(block: nn.Module, experts: str, call: BlockCall, inputs: Inputs, path: Path, device: torch.device) -> Routed:
-    """The inputs of a block's experts for all windows; the hidden states lie in the new file `path`."""
+    """Compute the inputs of a block's experts for all windows; the hidden states are in the new file `path`."""
     windows, length, width = inputs.tensor.shape
     store: Tensor | None = None
     chosen: list[Tensor] = []

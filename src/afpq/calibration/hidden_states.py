@@ -13,22 +13,22 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 
-BATCH_TOKENS = 4096
+BLOCK_BATCH_TOKENS = 4096  # that run through a block at once
 
 
 class Inputs(Protocol):
-    """What enters a block: a batch of it is tensor[rows]."""
+    """Hidden states that enter a block; a batch of them is tensor[rows]."""
 
     @property
     def tensor(self) -> Tensor: ...
 
     def batches(self, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-        """(rows, tensor[rows] on the device), batch after batch."""
+        """Yield (rows, tensor[rows] on the device)."""
         ...
 
 
 class Activations:
-    """Hidden states of all windows, [windows, length, width] float32, in a file: memory that can be reclaimed."""
+    """Hidden states of all windows, [windows, length, width] float32, mapped from a file: memory can be reclaimed."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], create: bool) -> None:
         self.path, size = path, torch.Size(shape).numel()
@@ -39,23 +39,23 @@ class Activations:
         self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
     def batches(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """(windows, their hidden states) in batches of equal size."""
+        """Yield (windows, their hidden states) in batches of equal size."""
         size = batch_size(*self.tensor.shape[:2])
         for first in range(0, len(self.tensor), size):
             rows = slice(first, first + size)
             yield rows, self.tensor[rows].to(device)
 
     def sample(self, device: torch.device) -> Tensor:
-        """One batch of windows spread evenly over all: what a search with many forward passes can afford."""
+        """Return one batch of windows spread evenly over all, for searches with many forward passes."""
         size = batch_size(*self.tensor.shape[:2])
         return self.tensor[torch.linspace(0, len(self.tensor) - 1, size).round().long()].to(device)
 
 
 def _reserve(path: Path, size: int) -> None:
-    """A file of zeros whose blocks are there. Raises OSError where the disk is too small.
+    """Create a file of zeros with its disk blocks allocated. Raises OSError if the disk is too small.
 
-    A file that is only long enough has none until it is written, and a memory map that finds no block while it is
-    written ends the process with SIGBUS.
+    A sparse file gets its blocks when it is written; if the disk is full by then, writing to its memory map ends the
+    process with SIGBUS.
     """
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
@@ -66,6 +66,6 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def batch_size(windows: int, length: int) -> int:
-    """Windows in a batch: what BATCH_TOKENS holds, and a divisor of all, since calls are recorded for one size."""
-    most = max(1, BATCH_TOKENS // length)
+    """Windows in a batch: at most BLOCK_BATCH_TOKENS, and a divisor of all, since calls are recorded for one size."""
+    most = max(1, BLOCK_BATCH_TOKENS // length)
     return max(size for size in range(1, most + 1) if windows % size == 0)

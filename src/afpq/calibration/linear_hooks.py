@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Listen to linears while gradients pass: what each reads, and how much each of its outputs matters."""
+"""Record, while gradients pass, each linear's inputs and the gradients of its outputs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 @dataclass
 class SecondMoment:
-    """The sum of x x^T over tokens x, [in, in]; the tokens themselves while they are fewer than `in`."""
+    """The sum H of x x^T over tokens x, [in, in]; the tokens themselves while they are fewer than `in`."""
 
     rows: list[Tensor] = field(default_factory=list)
     H: Tensor | None = None
     tokens: int = 0
 
     def add(self, x: Tensor) -> None:
-        """x [tokens, in], float32."""
+        """Add tokens x [tokens, in], float32."""
         self.rows.append(x)
         self.tokens += len(x)
         if self.H is None and self.tokens > x.shape[1]:
@@ -33,17 +33,18 @@ class SecondMoment:
             self.rows = []
 
     def matrix(self) -> Tensor:
-        """[in, in]."""
+        """Return H, [in, in]."""
         if self.H is not None:
             return self.H
         x = torch.cat(self.rows)
         return x.T @ x
 
     def diagonal(self) -> Tensor:
+        """Return H's diagonal, [in]."""
         return torch.cat(self.rows).square().sum(0) if self.H is None else self.H.diagonal()
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
-        """A, B [rows, in] -> the diagonal of A H B^T, [rows]."""
+        """Return the diagonal of A H B^T, [rows], for A and B [rows, in]."""
         if self.H is not None:
             return ((A @ self.H) * B).sum(1)
         x = torch.cat(self.rows)
@@ -52,11 +53,11 @@ class SecondMoment:
 
 @dataclass
 class LinearStatistics:
-    """What a linear saw: its inputs, and who else reads the same tensor.
+    """Statistics of a linear over all tokens.
 
-    `gradient` [out]: sums over tokens of the squared gradients of its outputs; `growth` [windows], float64: sums of
-    gradients times outputs, the bias left out; zero where only some tokens reach it; `outputs`: of the gradients, if
-    asked for.
+    `gram`: second moment of its inputs. `gradient` [out]: sums of the squared gradients of its outputs. `growth`
+    [windows], float64: sums of gradients times outputs without the bias; zero if only some tokens reach the linear.
+    `readers`: the linears that read the same tensor. `outputs`: second moment of the outputs' gradients, if recorded.
     """
 
     gram: SecondMoment
@@ -67,8 +68,8 @@ class LinearStatistics:
 
 
 @contextmanager
-def hooked(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) -> Iterator[None]:
-    """Inside, hook(name, module, arguments, output) is called behind each call of the block's linears `names`."""
+def with_hooks(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) -> Iterator[None]:
+    """Inside, hook(name, module, arguments, output) is called after each call of the block's linears `names`."""
     handles = [block.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
         yield
@@ -78,7 +79,7 @@ def hooked(block: nn.Module, names: Sequence[str], hook: Callable[..., None]) ->
 
 
 @contextmanager
-def listening(
+def recording(
     names: list[str],
     shape: Sequence[int],
     both: Container[str],
@@ -86,9 +87,9 @@ def listening(
     block: nn.Module,
     windows: slice,
 ) -> Iterator[None]:
-    """Inside, what the block's linears `names` read, and what gradients tell of them, is added to `taps`.
+    """Inside, add the statistics of the block's linears `names` to `taps`.
 
-    What runs are these windows, of `shape` (windows, tokens of a window) in all. Those in `both` have `outputs`.
+    `windows` run inside, out of `shape` (windows, tokens of a window). Linears in `both` also record `outputs`.
     """
     seen: list[tuple[str, Tensor]] = []
 
@@ -117,7 +118,7 @@ def listening(
             value = output.detach().clone() if bias is None else output.detach() - bias
             output.register_hook(partial(add, taps[name], value))
 
-    with hooked(block, names, hook):
+    with with_hooks(block, names, hook):
         yield
     for position, (name, x) in enumerate(seen):
         if not any(x is earlier for _, earlier in seen[:position]):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What gradients of the whole model's predictions tell of a block's linears: how errors of their outputs weigh.
+"""Second moments of the gradients of linears' outputs: the weight of output errors in the loss (Fisher information).
 
-Before the first block is quantized, one pass of the float model forwards and one backwards stores the gradients behind
-every block (`gradients.py`). When a block's turn comes, it is run backwards once more from those, and its linears are
-listened to.
+Before the first block is quantized, one forward and one backward pass of the float model stores the gradients behind
+every block (`backward.py`). When a block is solved, it runs backwards once more from those, with hooks on its linears.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch import Tensor, nn
 from afpq.calibration.backward import FloatModelPass, step_back
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations
-from afpq.calibration.linear_hooks import SecondMoment, hooked
+from afpq.calibration.linear_hooks import SecondMoment, with_hooks
 
-EXPERTS_BYTES = 2**32  # of moments of gradients, in one block: experts that would need more are solved without
+EXPERTS_BYTES = 2**32  # of gradients' second moments in a block; experts that need more are solved without
 
 
 def store_gradients(walk: FloatModelPass, seed: int) -> None:
-    """Store the gradients behind every block in the walk's scratch directory, unless they are there.
+    """Store the gradients behind every block in the scratch directory of `walk`, unless they are there.
 
-    Raises AfpqError where the architecture predicts no tokens or cannot be run backwards.
+    Raises AfpqError if the architecture predicts no tokens or cannot be run backwards.
     """
     done = walk.scratch / "gradients.done"
     if not done.exists():
@@ -38,7 +37,7 @@ def store_gradients(walk: FloatModelPass, seed: int) -> None:
 
 
 def gradients_file(scratch: Path, index: int) -> Path:
-    """Where the gradients behind block `index` are."""
+    """Return the file of the gradients behind block `index`."""
     return scratch / f"gradients-{index}.bin"
 
 
@@ -46,13 +45,13 @@ def output_second_moments(
     block: nn.Module, call: BlockCall, names: Sequence[str], inputs: Activations, behind: Activations,
     device: torch.device,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """G of the block's linears `names`, [out, out] float32: the mean over tokens of g g^T, g an output's gradient.
+    """Compute G of the block's linears `names`, [out, out] float32: the mean over tokens of g g^T, g the gradient.
 
-    In the float model: its block, its inputs and the gradients behind. Linears that are not run are left out. G is
-    shrunk towards its diagonal by out / (out + tokens), the share of its other elements that chance makes of so few.
+    `block`, `inputs` and the gradients `behind` are the float model's. Linears that are not run are left out. G is
+    shrunk towards its diagonal by out / (out + tokens), the share of noise in its other elements with so few tokens.
     """
     sums: dict[str, SecondMoment] = {}
-    step_back(block, call, inputs, behind, device, partial(_listening, names, sums))
+    step_back(block, call, inputs, behind, device, partial(_recording, names, sums))
     return {name: _shrunk(gram) for name, gram in sums.items()}
 
 
@@ -65,7 +64,7 @@ def _shrunk(gram: SecondMoment) -> Tensor:
 
 
 @contextmanager
-def _listening(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Module, _rows: slice) -> Iterator[None]:
+def _recording(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Module, _rows: slice) -> Iterator[None]:
     def add(name: str, gradient: Tensor) -> None:
         sums.setdefault(name, SecondMoment()).add(gradient.detach().flatten(0, -2).float())
 
@@ -73,5 +72,5 @@ def _listening(names: Sequence[str], sums: dict[str, SecondMoment], block: nn.Mo
         if output.requires_grad:
             output.register_hook(partial(add, name))
 
-    with hooked(block, names, hook):
+    with with_hooks(block, names, hook):
         yield

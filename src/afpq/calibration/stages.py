@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The linears of a block in stages that read one tensor, and the second moments of what a stage reads."""
+"""Group a block's linears into stages that read one tensor, and sum the second moments of that tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stage:
 class Moments:
     """Sums over all tokens of a stage's input x in the quantized model and f in the float one (float32).
 
-    H = sum x x^T and, where the float model runs beside, D = sum x (f - x)^T.
+    H = sum x x^T, [in, in], and, if the float model runs as well, D = sum x (f - x)^T, [in, in].
     """
 
     H: Tensor
@@ -36,7 +36,7 @@ class Moments:
 
 @torch.no_grad()
 def find_stages(block: nn.Module, names: list[str], call: BlockCall, hidden: Tensor) -> list[Stage]:
-    """The block's linears `names`, grouped by the tensor they read, in the order they run; unused ones are left out."""
+    """Group the block's linears `names` by the tensor they read, in the order they run, without unused ones."""
     seen: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -59,16 +59,16 @@ def find_stages(block: nn.Module, names: list[str], call: BlockCall, hidden: Ten
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the tensor it was run for is there."""
+    """The end of a forward pass once its wanted tensor is computed."""
 
 
 @torch.no_grad()
 def arguments_of(
     block: nn.Module, inside: str, call: BlockCall, hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the block gives to the module called `inside` when it gets `hidden`; nothing behind that is run.
+    """Return the arguments that the module `inside` gets when the block gets `hidden`; the rest is not run.
 
-    Raises AfpqError where the module is not called.
+    Raises AfpqError if the module is not called.
     """
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -87,7 +87,7 @@ def arguments_of(
 
 
 def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> Tensor:
-    """What the linear reads when the block gets `hidden`: [tokens, in], float32."""
+    """Return the linear's input when the block gets `hidden`: [tokens, in], float32."""
     x: Tensor = arguments_of(block, linear, call, hidden)[0][0]
     return x.flatten(0, -2).float()
 
@@ -96,7 +96,7 @@ def collect(
     stage: Stage, call: BlockCall, block: nn.Module, inputs: Inputs, float_block: nn.Module | None,
     float_inputs: Inputs | None, device: torch.device,
 ) -> Moments:  # fmt: skip
-    """The moments of a stage's input over all windows; D needs the float model's block and inputs."""
+    """Sum the moments of a stage's input over all windows; D needs the float model's block and inputs."""
     moments: Moments | None = None
     for rows, hidden in inputs.batches(device):
         x = input_of(block, stage.linears[0], call, hidden)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A model on disk: reading, planning, writing, locking and verifying."""
+"""Read, plan, write, lock and verify a model on disk."""

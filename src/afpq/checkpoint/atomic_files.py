@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 def digest_value(value: object) -> str:
-    """A digest of anything JSON can hold; of paths and the like by their text."""
+    """Return a digest of any JSON value; other objects, such as paths, count by their text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all. Raises OSError."""
+    """Write a value as JSON, whole or not at all. Raises OSError."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file with this content, or what was there before; never half of it. Raises OSError."""
+    """Write a file, whole or not at all. Raises OSError."""
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # a device or a pipe takes what it gets; a directory refuses
+    if path.exists() and not path.is_file():  # a device or a pipe accepts it; a directory raises
         path.write_bytes(content)
         return
     torn = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a checkpoint holds: true bits per weight, coverage, sizes. Reads headers only."""
+"""Summarize a checkpoint: true bits per weight, coverage, sizes. Reads headers only."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Figures of a checkpoint. `bits_per_weight` is over the blocks' quantized weights with their scales and zero
-    points, or over all tensors of a model that is not quantized; `coverage` is the quantized share of the blocks'
-    weights, `left` the others by tensor: its name, with numbers as `*` -> how many weights. `file_bits_per_weight` is
-    over everything stored. `ends` are the head and the embedding where they are quantized (a tied pair once, as the
-    embedding); `layers` has them too."""
+    """Figures of a checkpoint.
+
+    `bits_per_weight` is over the blocks' quantized weights with their scales and zero points, or over all tensors of a
+    model that is not quantized; `file_bits_per_weight` over everything stored. `coverage` is the quantized share of the
+    blocks' weights, `left` the others: tensor's name with numbers as `*` -> number of weights. `ends` are the quantized
+    head and embedding (a tied pair once, as the embedding); `layers` has them too.
+    """
 
     bits_per_weight: float
     coverage: float
@@ -53,7 +55,7 @@ class ModelInfo:
         return asdict(self)
 
     def schemes(self) -> list[str]:
-        """The schemes of the blocks, sorted; where there are many code books, their number instead of all values."""
+        """Return the schemes of the blocks, sorted; for many codebooks their number instead of all values."""
         kinds: dict[str, list[str]] = {}
         for scheme in {layer.scheme for layer in self.layers if layer.name not in self.ends}:
             kinds.setdefault(_BOOK.sub("lut", scheme), []).append(scheme)
@@ -61,7 +63,7 @@ class ModelInfo:
 
 
 def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
-    """Of a directory or hub id. Raises AfpqError for a checkpoint that is broken or quantized by another tool."""
+    """Summarize a directory or hub id. Raises AfpqError for one that is broken or quantized by another tool."""
     checkpoint = open_checkpoint(model)
     files = {info.file for info in checkpoint.tensors.values()}
     file_bytes = sum(file.stat().st_size for file in files)
@@ -96,5 +98,5 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
 
 
 def _in_block(name: str) -> bool:
-    """Whether a tensor's name has an index in it, as those of repeated blocks do."""
+    """Whether a tensor's name contains an index, as those of repeated blocks do."""
     return any(part.isdigit() for part in name.split("."))

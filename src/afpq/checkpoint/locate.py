@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The checkpoint's tensor for a name of the model, and the check that packed tensors have their shapes."""
+"""Find the checkpoint's tensor for a name of the model, and check the shapes of packed tensors."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ class TensorLookup:
     """The tensors of a checkpoint by the names of a model, which may differ by the base model's prefix too."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], model: nn.Module, known: Iterable[str] = ()) -> None:
-        """`known`: names of the model that are to be taken as they are where the checkpoint has them."""
+        """`known`: names of the model that are not renamed if the checkpoint has them."""
         self.names, taken = TensorNames(model), set(known)
         self.tensors, self.base = tensors, getattr(model, "base_model_prefix", "")
         self.by_model_name = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
 
     def find(self, name: str) -> str | None:
-        """The checkpoint's name of the model's tensor `name`."""
+        """Return the checkpoint's name of the model's tensor `name`; None if it has none."""
         found = self.full(name)
         return None if found is None else self.by_model_name[found]
 
     def full(self, name: str) -> str | None:
-        """`name` with the base model's prefix, or without, as the checkpoint would have it."""
+        """Return `name` with or without the base model's prefix, as the checkpoint has it; None if it has neither."""
         candidates = (name, f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
         return next((n for n in candidates if n in self.by_model_name), None)
 
-    def differ(self, name: str, other: str) -> bool:
-        """Whether the checkpoint holds both of the model's tensors, and not the same values. Raises as `read` does."""
+    def hold_different_values(self, name: str, other: str) -> bool:
+        """Whether the checkpoint holds both of the model's tensors, with different values. Raises as `read_tensor`."""
         found, against = self.find(name), self.find(other)
         if found is None or against is None or found == against:
             return False
         return not torch.equal(*(read_tensor(self.tensors[n], n) for n in (found, against)))
 
     def require(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-        """As `find`; raises AfpqError if it is not there, or has another dtype or shape."""
+        """Find a tensor; raises AfpqError if it is missing or has another dtype or shape."""
         found = self.find(name)
         if found is None:
             raise AfpqError(f"tensor {name} is not in the checkpoint; its files or its config are incomplete")
@@ -57,7 +57,7 @@ class TensorLookup:
 
 
 def saved_name(name: str, located: TensorLookup) -> str:
-    """The name that patterns of the config mean: with the base model's prefix, also where the head is not loaded."""
+    """Return the name that the config's patterns refer to: with the base model's prefix, even without the head."""
     for part in ("weight", "qweight"):
         found = located.full(f"{name}.{part}")
         if found is not None:
@@ -66,7 +66,7 @@ def saved_name(name: str, located: TensorLookup) -> str:
 
 
 def check_headers(model: PreTrainedModel, located: TensorLookup) -> None:
-    """Every tensor of every packed module is in the checkpoint, with its dtype and shape; else AfpqError names it."""
+    """Check that the checkpoint has every packed module's tensors. Raises AfpqError naming the first at fault."""
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue

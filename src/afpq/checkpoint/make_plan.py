@@ -23,10 +23,10 @@ from afpq.recipe import Recipe
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) -> Plan:
-    """`model` is the checkpoint's architecture, on the meta device.
+    """Plan the quantization of a checkpoint; `model` is its architecture, on the meta device.
 
-    Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or
-    dtype than the model says, and where nothing is left to quantize.
+    Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or dtype
+    than the model's, and if nothing is left to quantize.
     """
     done = checkpoint.config.get("quantization_config")
     if done:
@@ -37,7 +37,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
         )
     located, experts = TensorLookup(checkpoint.tensors, model, model.state_dict()), find_experts(model)
     names = _tensor_names(checkpoint, model, located, experts)
-    recipe, ends = settle_recipe(model, recipe, located.differ)
+    recipe, ends = settle_recipe(model, recipe, located.hold_different_values)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
     if absent and len(absent) < len(linears):
@@ -74,7 +74,7 @@ def _check_names(checkpoint: Checkpoint, targets: list[Target]) -> None:
 
 
 def _left_experts(experts: dict[str, AfpqExperts], recipe: Recipe) -> list[str]:
-    """Modules of experts that are not quantized: they are named in one, since they will be loaded in one."""
+    """Return the modules of experts that are not quantized; each is named as one, since it is loaded as one."""
 
     def chosen(name: str) -> list[bool]:
         return [recipe.scheme_for(f"{name}.{linear}") is not None for linear in experts[name].form.linears()]
@@ -97,7 +97,7 @@ def _target(checkpoint: Checkpoint, module: str, layer: nn.Module, source: Tenso
 
 
 def _prefix(module: str, source: TensorPart) -> str:
-    """What a module's tensors are called in the output: as in the checkpoint, but experts get names of their own."""
+    """Return the prefix of a module's output tensors: the checkpoint's, but experts get their own names."""
     parent = source.tensor.rpartition(".")[0]
     return f"{parent}." if source.whole else f"{parent}.{'.'.join(module.split('.')[-2:])}."
 
@@ -105,7 +105,7 @@ def _prefix(module: str, source: TensorPart) -> str:
 def _end_targets(
     checkpoint: Checkpoint, model: nn.Module, located: TensorLookup, ends: EmbeddingAndHead, recipe: Recipe
 ) -> tuple[list[Target], str | None]:
-    """(the ends to be quantized, the tensor of the head among them, which may repeat a tied embedding's)."""
+    """Return (the ends to be quantized, the head's tensor, which may repeat a tied embedding's)."""
     targets: list[Target] = []
     head = None
     for module, scheme in ends.schemes(recipe).items():
@@ -124,10 +124,10 @@ def _end_targets(
 def _tensor_names(
     checkpoint: Checkpoint, model: PreTrainedModel, located: TensorLookup, experts: dict[str, AfpqExperts]
 ) -> dict[str, TensorPart]:
-    """Name in the model -> where it is in the checkpoint.
+    """Map names in the model to places in the checkpoint.
 
-    A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors the model does not know:
-    then Transformers converts between the two while loading, and such weights are left as they are.
+    A weight that the checkpoint lacks is an error, unless the checkpoint holds tensors that the model lacks: then
+    Transformers converts between the two while loading, and such weights are left as they are.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wanted = [name for name in model.state_dict() if name not in tied]
@@ -147,7 +147,7 @@ def _tensor_names(
 
 
 def _fused_names(place: str, experts: AfpqExperts, located: TensorLookup) -> dict[str, TensorPart]:
-    """Where the weights and biases of experts are, if the checkpoint holds all of a layer in one tensor."""
+    """Map the experts' weights and biases to places, if the checkpoint holds all of a layer in one tensor."""
     found = {}
     for linear, kind, source in experts.form.parts():
         fused = located.find(f"{place}.{source.tensor}")
@@ -159,9 +159,9 @@ def _fused_names(place: str, experts: AfpqExperts, located: TensorLookup) -> dic
 def _units(
     checkpoint: Checkpoint, model: nn.Module, names: dict[str, TensorPart], targets: list[Target], head: str | None
 ) -> tuple[PlanUnit, ...]:
-    """Outside first, then the blocks in order; tensors the model does not know go by their names' prefix.
+    """Group the tensors: outside first, then the blocks in order; tensors that the model lacks go by their prefix.
 
-    `head` is the tensor of a head to be quantized: the last unit, or dropped where it repeats a tied embedding.
+    `head` is the tensor of a head to be quantized: the last unit, or dropped if it repeats a tied embedding.
     """
     module_names = {source.tensor: name for name, source in names.items()}
     blocks = [block.name for block in find_blocks(model)]
@@ -185,7 +185,7 @@ def _units(
 def _replaced(
     checkpoint: Checkpoint, names: dict[str, TensorPart], targets: list[Target]
 ) -> dict[str, tuple[Target | KeptPart, ...]]:
-    """What takes the place of each tensor that is not kept as it is."""
+    """Map each tensor that is not kept as it is to its replacements."""
     parts: dict[str, list[Target | KeptPart]] = {}
     for target in targets:
         parts.setdefault(target.source.tensor, []).append(target)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What is decided before a weight is read: which tensor is quantized how, and what the output will hold.
+"""The plan of a run, made before any weight is read: each tensor's scheme, and the tensors of the output.
 
-The plan comes from headers alone. It knows the name, dtype and shape of every output tensor, so the writer can lay
-the files out beforehand, and sizes can be told without a run.
+It is made from headers alone and contains the name, dtype and shape of every output tensor, so the writer can lay the
+files out beforehand, and sizes are available without a run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe, exactly
 
 OUTSIDE = "outside the blocks"
-HEAD = "the output head"  # a unit of its own where it is quantized: last, since what it reads is known last
+HEAD = "the output head"  # its own unit if it is quantized; the last, since its inputs are
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear to quantize: the module's name, where its weight is stored, its scheme and shape.
+    """A linear to quantize: the module's name, the place of its weight, its scheme and shape [out, in].
 
     `prefix` begins the names of its output tensors. `expert`: whether only some tokens reach it.
     """
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def tensor(self) -> str:
-        """The weight's name in the output's terms; also the checkpoint's, unless that holds all experts in one."""
+        """The weight's name as in the output; also the checkpoint's, unless one tensor there holds all experts."""
         return f"{self.prefix}weight"
 
     @property
@@ -49,13 +49,13 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its output tensors, and of a book of its own."""
+        """Bytes of all its output tensors, and of a codebook of its own."""
         return packed_bytes(self.scheme, *self.shape)
 
 
 @dataclass(frozen=True)
 class KeptPart:
-    """A part of a tensor that is kept under a name of its own, such as an expert's bias; `name` is the model's."""
+    """A part of a tensor that is kept under its own name, such as an expert's bias; `name` is the model's."""
 
     name: str
     source: TensorPart
@@ -65,9 +65,9 @@ class KeptPart:
 
 @dataclass(frozen=True)
 class PlanUnit:
-    """Tensors handled together: a block, what stands outside of all blocks, or the head.
+    """Tensors handled together: a block, everything outside the blocks, or the head.
 
-    `replaced` tells what takes the place of a tensor of the checkpoint; tensors not in it are kept as they are.
+    `replaced` maps a tensor of the checkpoint to its replacements; tensors not in it are kept as they are.
     """
 
     name: str
@@ -89,13 +89,13 @@ class PlanUnit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does to a checkpoint; of a tied head and embedding, the recipe has one scheme for both."""
+    """The effect of a recipe on a checkpoint; the recipe has one scheme for a tied head and embedding."""
 
     checkpoint: Checkpoint
     recipe: Recipe
     units: tuple[PlanUnit, ...]
     kept: tuple[str, ...]  # names of the linears left as they are
-    names: dict[str, TensorPart]  # name of a tensor in the model -> where it is in the checkpoint
+    names: dict[str, TensorPart]  # name of a tensor in the model -> its place in the checkpoint
     ends: EmbeddingAndHead = NO_ENDS
 
     @property
@@ -104,24 +104,24 @@ class Plan:
 
     @property
     def block_targets(self) -> list[Target]:
-        """Those inside the blocks."""
+        """The targets inside the blocks."""
         return [target for unit in self.units if unit.in_blocks for target in unit.targets]
 
     @property
     def end_targets(self) -> list[Target]:
-        """The embedding and the head, where they are quantized; one for both where they are tied."""
+        """The embedding and the head if they are quantized; one target if they are tied."""
         return [target for unit in self.units if not unit.in_blocks for target in unit.targets]
 
     def end_words(self, target: Target) -> str:
-        """An end's name, and the other's where they are one."""
+        """Return an end's name, and the other's if they are tied."""
         return f"{target.module} (and {self.ends.head}, tied to it)" if self.ends.tied else target.module
 
     def outputs(self) -> dict[str, Spec]:
-        """Name -> (dtype, shape) of every tensor of the output, in order."""
+        """Return name -> (dtype, shape) of every tensor of the output, in order."""
         return {name: spec for unit in self.units for name, spec in self.unit_outputs(unit).items()}
 
     def unit_outputs(self, unit: PlanUnit) -> dict[str, Spec]:
-        """The same of one unit."""
+        """Return the same for one unit."""
         tensors: dict[str, Spec] = {}
         for name in unit.tensors:
             if name not in unit.replaced:
@@ -145,20 +145,20 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of a quantized weight of the blocks, or of the ends where there is no other."""
+        """True bits of a quantized weight of the blocks, or of the ends if no block has one."""
         targets = self.block_targets or self.targets
         packed = sum(t.bytes for t in targets) - repeated_codebook_bytes(t.scheme.format for t in targets)
         return 8 * packed / sum(t.elements for t in targets)
 
     @property
     def file_bits_per_weight(self) -> float:
-        """Bits of everything that is saved, over the weights of the original."""
+        """Bits of everything that is saved per weight of the original."""
         formats = [target.scheme.format for target in self.targets]
         books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
         return 8 * (self.output_bytes + books) / sum(info.elements for info in self.checkpoint.tensors.values())
 
     def with_schemes(self, schemes: Mapping[str, Scheme]) -> Plan:
-        """The plan that has these schemes, by module, in place of its own; tensors stay as they were planned."""
+        """Return the plan with these schemes, by module, in place of its own; tensors stay as planned."""
 
         def changed(part: Target | KeptPart) -> Target | KeptPart:
             return replace(part, scheme=schemes.get(part.module, part.scheme)) if isinstance(part, Target) else part
@@ -177,7 +177,7 @@ class Plan:
 
     @property
     def left(self) -> dict[str, int]:
-        """The blocks' weights that stay as they are: name of the output's tensor -> how many they are."""
+        """The blocks' weights that stay as they are: name of the output's tensor -> number of weights."""
         parts = {target.prefix + part for target in self.targets for part in layout(target.scheme, *target.shape)}
         return {
             name: torch.Size(shape).numel()
@@ -189,7 +189,7 @@ class Plan:
 
 
 def settled_recipe(recipe: Recipe, ends: EmbeddingAndHead, schemes: Mapping[str, Scheme]) -> Recipe:
-    """The recipe that gives each of these modules its scheme: linears by name, before all patterns, and the ends."""
+    """Return the recipe with these modules' schemes: linears by name, before all patterns, and the ends."""
     table = schemes.get(ends.embedding or "", recipe.embedding)
     head = table if ends.tied else schemes.get(ends.head or "", recipe.lm_head)
     inside = tuple((exactly(n), scheme) for n, scheme in schemes.items() if n not in (ends.embedding, ends.head))
@@ -197,7 +197,7 @@ def settled_recipe(recipe: Recipe, ends: EmbeddingAndHead, schemes: Mapping[str,
 
 
 def loaded_bytes(plan: Plan) -> int:
-    """Memory of the loaded result on a CPU: packed weights as they are, the rest in float32."""
+    """Return the bytes of the loaded result on a CPU: packed weights as they are, the rest in float32."""
     packed = sum(target.bytes for target in plan.targets)
     infos = plan.checkpoint.tensors
     replaced = {tensor for unit in plan.units for tensor in unit.replaced}
@@ -205,10 +205,10 @@ def loaded_bytes(plan: Plan) -> int:
 
 
 def original_bytes(plan: Plan) -> int:
-    """Memory of the loaded original on a CPU: all of it in float32."""
+    """Return the bytes of the loaded original on a CPU: all of it in float32."""
     return sum(max(4 * info.elements, info.bytes) for info in plan.checkpoint.tensors.values())
 
 
 def vocabulary(plan: Plan) -> int:
-    """Tokens the model knows, or a number above that: the most rows a matrix has."""
+    """Return an upper bound of the vocabulary's size: the most rows of any matrix."""
     return max((info.shape[0] for info in plan.checkpoint.tensors.values() if len(info.shape) == 2), default=0)

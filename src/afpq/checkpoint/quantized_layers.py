@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which layers of a saved checkpoint are quantized, how, and in which tensors. Reads headers only."""
+"""List the quantized layers of a saved checkpoint, with their schemes and tensors. Reads headers only."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class QuantizedLayer:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of one weight: codes, scales and zero points, and its code book where that is written out."""
+        """True bits of one weight: codes, scales and zero points, and a codebook that is written out."""
         return 8 * packed_bytes(self.scheme, *self.shape) / self.elements
 
 
 def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[QuantizedLayer]:
-    """The quantized linears and ends of a checkpoint, in the model's order: those its config does not say were kept.
+    """Return the quantized linears and ends of a checkpoint, in the model's order: those that its config does not keep.
 
-    Raises AfpqError for a checkpoint that is not quantized or by another tool, and for a tensor that is missing or
-    has another dtype or shape than the config says.
+    Raises AfpqError for a checkpoint that is not quantized or by another tool, and for a tensor that is missing or has
+    another dtype or shape than the config requires.
     """
     keys = checkpoint.config.get("quantization_config")
     if not keys:
@@ -62,7 +62,7 @@ def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     located = TensorLookup(checkpoint.tensors, model)
     ends = saved_ends(model, lambda name: located.find(name) is not None)
     chosen = ends.schemes(recipe)
-    # Where Transformers merges no experts, files hold them in 3-D tensors.
+    # If Transformers merges no experts, files hold them in 3-D tensors.
     split = () if located.names.merges else tuple(f"{name}." for name in find_experts(model))
     layers = []
     for name, module in model.named_modules():

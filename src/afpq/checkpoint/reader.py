@@ -22,10 +22,10 @@ from afpq.model.tensor_part import TensorPart
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("bin", "pt", "pth", "ckpt", "pkl", "pickle")  # never opened
 CARD = "README.md"  # read for its licence, never copied: the output has a card of its own
-# Copied beside the weights: everything small that is not the weights, their index or the config.
+# Copied next to the weights: every small file except the weights, their index and the config.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*")
 
-# safetensors dtype -> torch dtype, for what a checkpoint may hold besides the weights to be quantized
+# safetensors dtype -> torch dtype, for all tensors that a checkpoint may hold
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -38,7 +38,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor, and the file it is in."""
+    """A tensor's dtype and shape, from the header of its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,11 +62,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
+        """Read one tensor into its own memory: no file stays mapped. Raises AfpqError if the file cannot be read."""
         return read_tensor(self.tensors[name], name)
 
     def read_part(self, part: TensorPart) -> Tensor:
-        """A tensor of the model, in memory of its own; of a part no more than its expert is read. Raises as `read`."""
+        """Read a tensor of the model into its own memory; for a part at most its expert. Raises as `read`."""
         if part.expert is None:
             return part.of(self.read(part.tensor)).contiguous()
         info = self.tensors[part.tensor]
@@ -78,7 +78,7 @@ class Checkpoint:
         return replace(part, expert=None).of(expert).clone().contiguous()
 
     def read_rows(self, part: TensorPart, rows: Sequence[int]) -> Tensor:
-        """Some rows of a matrix, [len(rows), in]; nothing else is read of one stored as it is. Raises as `read`."""
+        """Read rows of a matrix, [len(rows), in]; only those if it is a whole tensor. Raises as `read`."""
         if part != TensorPart(part.tensor):
             return self.read_part(part)[list(rows)]
         info = self.tensors[part.tensor]
@@ -90,7 +90,7 @@ class Checkpoint:
             raise AfpqError(f"{info.file}: cannot read tensor {part.tensor}: {error}") from None
 
     def companions(self) -> Iterator[Path]:
-        """Tokenizer, generation config, chat template, licence: files to copy beside new weights."""
+        """Yield the files to copy next to new weights: tokenizer, generation config, chat template, licence."""
         patterns = (*COMPANIONS, "*.py") if "auto_map" in self.config else COMPANIONS
         found = {path for pattern in patterns for path in self.directory.glob(pattern) if path.is_file()}
         for path in sorted(found):
@@ -99,6 +99,7 @@ class Checkpoint:
 
 
 def read_tensor(info: TensorInfo, name: str) -> Tensor:
+    """Read one tensor into its own memory. Raises AfpqError if the file cannot be read."""
     try:
         with safe_open(info.file, "pt") as file:
             return file.get_tensor(name).clone()  # type: ignore[no-any-return]
@@ -107,14 +108,14 @@ def read_tensor(info: TensorInfo, name: str) -> Tensor:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """A directory, or the id of a repository on the hub (downloaded to its cache) -> Checkpoint.
+    """Open a directory, or a repository on the hub by its id (downloaded to the cache).
 
-    Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, an
-    index that leads out of the directory, a tensor that two files hold, or weights that are not safetensors.
+    Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, an index
+    that leads out of the directory, a tensor that two files hold, or weights that are not safetensors.
     """
     directory = _locate(model)
     config = read_json(directory / "config.json")
-    # Transformers takes a single file before an index; so do we, or two readers would see two models.
+    # Transformers prefers a single file to an index; so do we, or two readers would see two models.
     if (directory / WEIGHTS).exists():
         files, weight_map = [directory / WEIGHTS], {}
     elif (directory / INDEX).exists():
@@ -122,8 +123,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         pickles = sorted(path.name for kind in PICKLES for path in directory.glob(f"*.{kind}"))
-        beside = f" ({pickles[0][:80]} was not opened: a pickle can run code)" if pickles else ""
-        raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read{beside}")
+        hint = f" ({pickles[0][:80]} was not opened: a pickle can run code)" if pickles else ""
+        raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read{hint}")
     other = config.get("transformers_weights")
     if other is not None and other != (INDEX if weight_map else WEIGHTS):
         raise AfpqError(f"{directory / 'config.json'}: transformers_weights is {str(other)[:80]!r}; remove it")
@@ -141,7 +142,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> the name of its file, which lies beside the index."""
+    """Read tensor -> name of its file, which lies next to the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AfpqError(f"{index}: no weight_map in it")
@@ -172,9 +173,9 @@ def _locate(model: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises AfpqError if it is missing or is something else."""
+    """Read a JSON object from a file. Raises AfpqError if it is missing or is something else."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise AfpqError(f"{path}: is no file")
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -187,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tensor_headers(file: Path) -> dict[str, TensorInfo]:
-    """Name -> what the header says, of one safetensors file. Raises AfpqError if it is missing or not whole."""
+    """Read the header of one safetensors file. Raises AfpqError if the file is missing or not whole."""
     tensors = {}
     try:
         if not file.is_file():

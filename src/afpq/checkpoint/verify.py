@@ -16,14 +16,14 @@ from afpq.numerics.packing import Spec
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """A digest that tells one checkpoint from another, or from itself changed: its place, files and config."""
+    """Return a digest of a checkpoint's path, files (name, size, time) and config."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return digest_value([str(checkpoint.directory.resolve()), stats, checkpoint.config])
 
 
 def digest(tensor: Tensor) -> str:
-    """A checksum of a tensor's bytes, 32 hexadecimal digits; NaN and -0 count as their bits."""
+    """Return a checksum of a tensor's bytes, 32 hexadecimal digits; NaN and -0 count by their bits."""
     return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
 
 
@@ -32,7 +32,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def check_tensors(written: Checkpoint, outputs: Mapping[str, Spec], digests: Mapping[str, str]) -> None:
-    """Every tensor is in the files as it was planned and made. Raises AfpqError naming the first that is not."""
+    """Check that the files hold every tensor as planned and computed. Raises AfpqError naming the first at fault."""
     unknown = next((name for name in written.tensors if name not in outputs), None)
     if unknown is not None:
         raise AfpqError(f"self-test: tensor {unknown} was written but not planned; this is a bug")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The directory a run works in: OUT.partial, renamed to OUT when all is done, with a journal to go on from.
+"""The directory a run works in: OUT.partial, renamed to OUT when all is done, with a journal to resume from.
 
-The journal holds a fingerprint of everything that decides the result, then a line for each finished unit. A unit's
-line is written after its tensors are on the disk, so whatever moment a run is killed at, the journal is right; a torn
-last line is dropped. One run at a time works in it (`lock.py`).
+The journal holds a fingerprint of everything that decides the result, then a line for each finished unit. A unit's line
+is written after its tensors are on the disk, so the journal is right at whatever moment a run is killed; a torn last
+line is dropped. One run at a time works in the directory (`lock.py`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SCRATCH = "scratch"
 
 
 class WorkDirectory:
-    """OUT.partial while it is worked in; `finished` maps units done to what was noted of them.
+    """OUT.partial during a run; `finished` maps finished units to their notes.
 
-    `digests` holds a checksum of every tensor written. `keep` tells whether an AfpqError leaves the directory for a
-    later run: not while bad input may be the reason, unless it was there before.
+    `digests` holds a checksum of every tensor written. `keep`: whether an AfpqError leaves the directory for a later
+    run; not while bad input may be the reason, unless it was there before.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], resume: bool) -> None:
@@ -50,7 +50,7 @@ class WorkDirectory:
 
     @property
     def scratch(self) -> Path:
-        """For files that are not part of the result."""
+        """A directory for files that are not part of the result."""
         return self.path / SCRATCH
 
     def finish(self, unit: str, notes: list[dict[str, Any]], digests: dict[str, str] | None = None) -> None:
@@ -61,12 +61,12 @@ class WorkDirectory:
 
     @contextmanager
     def as_published(self, config: dict[str, Any]) -> Iterator[Path]:
-        """A directory of links that looks as OUT will, while OUT.partial has no config.json and cannot be loaded."""
+        """Make a directory of links that looks like the future OUT; OUT.partial has no config.json to be loaded by."""
         with tempfile.TemporaryDirectory(prefix="afpq-") as place:
             directory = Path(place) / self.out.name
             directory.mkdir()
             for path in self.path.iterdir():
-                # A run killed at its end left a config.
+                # A run killed at its end leaves a config.
                 if path.is_file() and path.name not in ("config.json", JOURNAL, LOCK):
                     (directory / path.name).symlink_to(path)
             write_json(directory / "config.json", config)
@@ -80,13 +80,13 @@ class WorkDirectory:
         _sync(self.path)
         refuse_existing(self.out)
         os.replace(self.path, self.out)
-        with suppress(OSError):  # it is there, whatever happens now
+        with suppress(OSError):  # the result is there in any case
             (self.out / JOURNAL).unlink()
             _sync(self.out.parent)
         self.lock.release(self.out)
 
     def discard(self) -> None:
-        """Remove the directory; the lock's file goes last, so that no run begins among what is being removed."""
+        """Remove the directory; the lock file goes last, so that no run begins in it meanwhile."""
         with suppress(OSError):
             self._clear()
         self.lock.release(self.path)
@@ -94,14 +94,14 @@ class WorkDirectory:
             self.path.rmdir()
 
     def leave(self, keep: bool) -> None:
-        """End without a result: go on from here later, or as if nothing had been."""
+        """End without a result; `keep` the directory for a later run, or remove it."""
         if keep:
             self.lock.release(self.path)
         else:
             self.discard()
 
     def _begin(self, fingerprint: dict[str, Any], resume: bool) -> None:
-        refuse_existing(self.out)  # asked with the lock held: the run that held it before may have made it
+        refuse_existing(self.out)  # checked with the lock held: the run that held it before may have made OUT
         kept = self._read_journal() if resume else None
         if kept is None:
             self._start(fingerprint)
@@ -120,7 +120,7 @@ class WorkDirectory:
             raise
 
     def _clear(self) -> None:
-        """Everything but the lock; the journal last, so that the directory can be told as ours until the end."""
+        """Remove everything except the lock; the journal last, so that the directory is recognized until then."""
         for path in sorted(self.path.iterdir(), key=lambda path: path.name == JOURNAL):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -146,7 +146,7 @@ class WorkDirectory:
             os.fsync(file.fileno())
 
     def _read_journal(self) -> list[dict[str, Any]] | None:
-        """Its whole lines, cut back to them; None where there is nothing to go on from."""
+        """Read the journal, cut back to its whole lines; None if there is nothing to resume."""
         journal = self.path / JOURNAL
         if not journal.exists():
             return None
@@ -164,11 +164,11 @@ class WorkDirectory:
 
 @contextmanager
 def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], resume: bool) -> Iterator[WorkDirectory]:
-    """Work in OUT.partial. It is renamed at the end, and kept for a later run if it is stopped after a finished unit.
+    """Work in OUT.partial; it is renamed at the end, and kept for a later run if this one stops after a finished unit.
 
-    Bad input (AfpqError) discards it, unless it is to be kept (`WorkDirectory.keep`). Raises AfpqError where OUT
-    exists already or appears meanwhile, was begun otherwise, is worked in by another run, or cannot be written, and
-    where the disk is too small for `needed_bytes`.
+    Bad input (AfpqError) discards it, except with `WorkDirectory.keep`. Raises AfpqError if OUT exists already or
+    appears meanwhile, if OUT.partial was begun with other settings, is in use by another run or cannot be written, and
+    if the disk is too small for `needed_bytes`.
     """
     out = Path(os.path.abspath(out))
     try:
@@ -194,24 +194,24 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises AfpqError where something is in the place of a result."""
+    """Raise AfpqError if `out` exists, except as an empty directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AfpqError(f"{out}: exists already; remove it or choose another place")
 
 
 def _cannot_write(out: Path, error: OSError | ValueError) -> AfpqError:
-    """Names the file where it is known."""
+    """Make the error for a failed write, with the file's name if the system gives it."""
     place = getattr(error, "filename", None) or out
     return AfpqError(f"{place}: cannot write: {getattr(error, 'strerror', None) or error}")
 
 
 def _sync(path: Path) -> None:
-    """Its content survives the end of the machine; of a directory, the names in it."""
+    """Flush a file, or the names in a directory, to disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that do not know it for directories
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems without it for directories
             raise
     finally:
         os.close(file)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Write a stream of tensors as sharded safetensors, in place.
 
-All names, dtypes and shapes are known beforehand (`Plan.outputs`), so every shard's header is written first and each
-tensor goes straight to its place in the file: no shard is ever held in memory, and a writer can go on where another
-was killed.
+`Plan.outputs` gives all names, dtypes and shapes beforehand, so every shard's header is written first and each tensor
+goes straight to its place in the file: no shard is ever held in memory, and a writer can resume where another was
+killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from afpq.checkpoint.verify import _bytes
 from afpq.errors import AfpqError
 from afpq.numerics.packing import Spec, spec_bytes
 
-MAX_SHARD = 5_000_000_000  # bytes, as Transformers used for years; a larger tensor gets a shard of its own
+MAX_SHARD = 5_000_000_000  # bytes, for years the default of Transformers; a larger tensor gets its own shard
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -37,7 +37,7 @@ class _Place:
 
 
 class ShardWriter:
-    """Writes named tensors, in any order, into safetensors files laid out beforehand.
+    """A writer of named tensors, in any order, into safetensors files laid out beforehand.
 
     Use as a context manager; leaving it without an error checks that every tensor was written, syncs the files and
     writes the index. `write` raises AfpqError for a tensor that differs from its announcement.
@@ -46,7 +46,7 @@ class ShardWriter:
     def __init__(
         self, directory: Path, outputs: dict[str, Spec], max_shard: int = MAX_SHARD, written: Iterable[str] = ()
     ) -> None:
-        """`written` names tensors that an earlier writer of the same outputs has put there; its files are kept."""
+        """Lay the files out; `written` names tensors that an earlier writer of the same outputs left in its files."""
         self.directory, self.outputs = directory, outputs
         written = set(written)
         shards = _split(outputs, max_shard)
@@ -72,7 +72,7 @@ class ShardWriter:
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
             begin = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the data aligned
+        text += b" " * (-len(text) % 8)  # the format requires aligned data
         file: BinaryIO = open(self.directory / self.names[index], mode)  # type: ignore[assignment]  # noqa: SIM115  (closed in __exit__)
         self.files.append(file)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -81,7 +81,7 @@ class ShardWriter:
             self.places[name] = _Place(index, 8 + len(text) + ends[name] - spec_bytes(spec), spec)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor into its place."""
+        """Write a tensor to its place."""
         place = self.places[name]
         if (tensor.dtype, tuple(tensor.shape)) != place.spec:
             given = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -92,7 +92,7 @@ class ShardWriter:
         self.missing.discard(name)
 
     def sync(self) -> None:
-        """What was written so far survives the end of this process, and of the machine."""
+        """Flush to disk: what was written survives a crash of this process or machine."""
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
@@ -110,7 +110,7 @@ class ShardWriter:
 
     def _close(self) -> None:
         for file in self.files:
-            with suppress(OSError):  # what was buffered cannot be written either; the first error is the one to tell
+            with suppress(OSError):  # buffered bytes cannot be written either; the first error counts
                 file.close()
 
     def _finish(self) -> None:

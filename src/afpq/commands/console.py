@@ -18,11 +18,12 @@ from afpq.errors import AfpqError
 from afpq.evaluation.loading import quiet_transformers as quiet_transformers
 from afpq.evaluation.tables import size_text as size_text
 from afpq.evaluation.tables import with_error
-from afpq.jobs.bit_budget import Choice, share_cells, shares
+from afpq.jobs.bit_budget import Choice
+from afpq.jobs.chosen_shares import share_cells, shares
 from afpq.jobs.estimate import Estimate
 from afpq.jobs.execute import Outcome
 from afpq.jobs.prepare import Job
-from afpq.model.awq_folds import folds_of
+from afpq.model.apply_folds import folds_of
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import coverage_warning, kinds_left
 from afpq.recipe import METHODS

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Load a model and measure it: devices, memory, text, perplexity, KL divergence and benchmarks."""
+"""Load a model and measure it: perplexity, KL divergence and benchmarks."""

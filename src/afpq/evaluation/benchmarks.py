@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks by EleutherAI's lm-evaluation-harness: GSM8K, MMLU, HellaSwag, or tasks of your own in YAML.
 
-The harness makes the prompts and the scores; this file gives it a model, quantized or not, and turns what goes wrong
-into one clear line. It needs `pip install 'afpq[eval]'`, and most tasks the network for their data.
+The harness makes the prompts and the scores; this file gives it a model, quantized or not, and turns its failures into
+one clear line. It needs `pip install 'afpq[eval]'`, and most tasks the network for their data.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from afpq.evaluation.loading import generates, load_model, load_tokenizer
 
 T = TypeVar("T")
 
-CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the variable that Hugging Face's code_eval metric asks for
-ALLOW = "it runs Python code that the model writes, here and unguarded; allow it with --allow-code-execution"
+CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the variable that Hugging Face's code_eval metric requires
+CODE_REFUSED = "it runs Python code that the model writes, here and unguarded; allow it with --allow-code-execution"
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """`include_path` holds tasks of your own; `limit` takes the first documents of each task only; `num_fewshot`
-    replaces the tasks' own number of examples in a prompt. Raises AfpqError for numbers that make no sense."""
+    """Options of a run.
+
+    `include_path` holds tasks of your own; `limit` keeps only the first documents of each task; `num_fewshot` replaces
+    the tasks' own number of examples in a prompt. Raises AfpqError for invalid numbers.
+    """
 
     include_path: Path | None = None
     limit: int | None = None
@@ -49,9 +52,10 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task or group. `metrics` has the harness' own keys: `acc,none`, `acc_stderr,none`, `exact_match,flexible`.
+    """The result of a task or group.
 
-    `documents` is how many were scored. It and the others are None where the harness has none, as for groups.
+    `metrics` has the harness' own keys: `acc,none`, `acc_stderr,none`, `exact_match,flexible`. `documents` were
+    scored. It and the others are None if the harness has none, as for groups.
     """
 
     metrics: dict[str, float]
@@ -66,8 +70,8 @@ class TaskResult:
 class TaskRun:
     """Tasks by name, found and loaded; `run` scores a model on them.
 
-    Raises AfpqError where the harness is not installed, does not know a task or cannot load it, and for a task that
-    executes code without the permission to. All that happens before a model is needed.
+    Raises AfpqError, before a model is needed, if the harness is not installed, lacks a task or cannot load it, and for
+    a task that executes code without permission.
     """
 
     def __init__(self, names: Sequence[str], options: TaskOptions | None = None, progress: bool = False) -> None:
@@ -78,9 +82,9 @@ class TaskRun:
             self.objects = [task for name in names for task in _load(self.manager, name, self.options)]
 
     def run(self, model: Any, tokenizer: Any) -> dict[str, TaskResult]:
-        """Results by task and group, of a loaded model where it is.
+        """Score a loaded model, on its own device, and return the results by task and group.
 
-        Raises AfpqError if the harness stops, and for a model that does not write text, such as an encoder.
+        Raises AfpqError if the harness stops, and for a model that does not generate text, such as an encoder.
         """
         if not generates(model):
             raise AfpqError(f"{type(model).__name__} does not write text; the tasks need a model that does")
@@ -94,7 +98,7 @@ class TaskRun:
                 lambda: simple_evaluate(
                     HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.options.batch_size),
                     tasks=self.objects,
-                    task_manager=self.manager,  # else it would read its index once more
+                    task_manager=self.manager,  # otherwise it would read its index again
                     num_fewshot=self.options.num_fewshot,
                     limit=self.options.limit,
                     log_samples=False,
@@ -105,7 +109,7 @@ class TaskRun:
 
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """The harness without its chatter, and with the permission to execute code only where it was given."""
+        """Inside, the harness prints nothing, and may execute code only if that was allowed."""
         logger, before = logging.getLogger("lm_eval"), os.environ.get(CODE_SWITCH)
         level = logger.level
         logger.setLevel(logging.ERROR)
@@ -137,7 +141,7 @@ def run_tasks(
 
 
 def _find_tasks(names: Sequence[str], options: TaskOptions) -> Any:
-    """The harness' TaskManager, knowing all `names`. Its own index takes ten seconds: not read if not needed."""
+    """Make the harness' TaskManager with all `names`. Its own index takes ten seconds: read only if needed."""
     try:
         from lm_eval.models import huggingface as _needs_more_packages  # noqa: F401
         from lm_eval.tasks import TaskManager
@@ -162,32 +166,32 @@ def _find_tasks(names: Sequence[str], options: TaskOptions) -> Any:
 
 @functools.cache
 def _harness_tasks() -> Any:
-    """The harness' own tasks, read once for all runs of a process."""
+    """Read the harness' own tasks, once in a process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _load(manager: Any, name: str, options: TaskOptions) -> list[Any]:
-    """The task, group, or the tasks of a tag called `name`, with their documents."""
+    """Load the task, the group, or the tasks of a tag called `name`, with their documents."""
     entry = manager.task_index.get(name)
     if (getattr(entry, "cfg", None) or {}).get("unsafe_code") and not options.allow_code_execution:
-        raise AfpqError(f"task {name}: {ALLOW}")  # before loading, which already tries the code out
+        raise AfpqError(f"task {name}: {CODE_REFUSED}")  # before loading, which already runs some code
     try:
         loaded = _guarded(f"task {name}", lambda: manager.load([name]))
     except AfpqError as error:
         if CODE_SWITCH in str(error.__cause__) and not options.allow_code_execution:
-            raise AfpqError(f"task {name}: {ALLOW}") from None
+            raise AfpqError(f"task {name}: {CODE_REFUSED}") from None
         raise
     unsafe = next((key for key, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)), None)
     if unsafe is not None and not options.allow_code_execution:
-        raise AfpqError(f"task {unsafe}: {ALLOW}")
+        raise AfpqError(f"task {unsafe}: {CODE_REFUSED}")
     groups = loaded.get("groups") or {}
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
 
 
 def _guarded(what: str, work: Callable[[], T]) -> T:
-    """AfpqError in place of the many kinds that the harness and datasets raise; the cause stays for Python users."""
+    """Raise AfpqError for any error of the harness or of datasets, with that error as its cause."""
     try:
         return work()
     except AfpqError:
@@ -198,9 +202,10 @@ def _guarded(what: str, work: Callable[[], T]) -> T:
 
 
 def _padded(tokenizer: Any) -> Any:
-    """A copy with a padding token: the harness would invent one beyond the model's vocabulary. Padding is masked.
+    """Copy the tokenizer with a padding token: the harness would add one beyond the model's vocabulary.
 
-    Raises AfpqError where no special token begins or ends a text: the harness puts one before an empty prompt.
+    Padding is masked. Raises AfpqError if no special token begins or ends a text: the harness needs one for an empty
+    prompt.
     """
     if tokenizer.bos_token is None and tokenizer.eos_token is None:
         raise AfpqError("the tokenizer has no token that begins or ends a text; lm-eval needs one of them")

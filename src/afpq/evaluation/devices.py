@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where to compute: the name that a user gives -> a torch device that works here."""
+"""Find the torch device for the name that a user gives, and check that it works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from afpq.errors import AfpqError
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU. Raises AfpqError for a device that cannot be used."""
+    """Return the device; `auto` is the GPU if there is one, else the CPU. Raises AfpqError for an unusable one."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device).item()  # a name may be right and its device absent, or a meta device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load a model, quantized or not, to run it here; one clear error instead of a library's traceback."""
+"""Load a model, quantized or not, to run it; failures are one clear error instead of a library's traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Our own output says what matters; Transformers' progress bars would only come between."""
+    """Inside, Transformers shows no progress bars and no warnings: our own output has what matters."""
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -39,9 +39,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model(model: str | Path, trust_remote_code: bool = False, device: str = "auto") -> Any:
-    """The model that config.json names, in evaluation mode on `device`: in its own dtype, but on a CPU in float32.
+    """Load the model that config.json names, in evaluation mode on `device`: in its own dtype, on a CPU in float32.
 
-    The checkpoint is checked first: AfpqError for whatever `source.open_checkpoint` refuses or Transformers rejects,
+    The checkpoint is checked first. Raises AfpqError as `reader.open_checkpoint` does, if Transformers cannot load it,
     and for a device that cannot be used.
     """
     place = find_device(device)
@@ -62,7 +62,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
         ),
     )
     missing = sorted(report["missing_keys"])
-    if missing:  # Transformers fills them with random numbers
+    if missing:  # Transformers would fill them with random numbers
         raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
     if place.type == "cpu" and (keys is None or keys.get("quant_method") == QUANT_METHOD):
         loaded.to(torch.float32)  # older Transformers leave tensors they rename in the dtype of the file
@@ -70,9 +70,9 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
 
 
 def require_next_token(model: Any) -> None:
-    """Raises AfpqError for a model that does not predict the next token of what it reads, such as an encoder.
+    """Raise AfpqError for a model that does not predict the next token of its input, such as an encoder.
 
-    Its logits, if it has any, would give a perplexity that means nothing.
+    The perplexity of its logits, if it has any, would be meaningless.
     """
     if not generates(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise AfpqError(
@@ -82,23 +82,23 @@ def require_next_token(model: Any) -> None:
 
 
 def generates(model: Any) -> bool:
-    """Whether a model, or its skeleton, writes text; taken for granted of code that is not Transformers' own."""
+    """Whether a model, or its skeleton, generates text; assumed for code that is not Transformers' own."""
     return not type(model).__module__.startswith("transformers.models.") or bool(model.can_generate())
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model. Raises AfpqError if there is none."""
+    """Load the tokenizer in a model's directory. Raises AfpqError if there is none."""
     directory = open_checkpoint(model).directory
     return _guarded(model, lambda: AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code))
 
 
 def window_length(model: nn.Module, wanted: int) -> int:
-    """Tokens in a window of text: as many as wanted, but no more than the model was made for."""
+    """Return the tokens in a window of text: as many as wanted, at most the model's context."""
     return min(wanted, context_length(model) or wanted)
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Tokens a model was made for, where its config tells."""
+    """Return the model's context in tokens; None if its config does not state it."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(text, "max_position_embeddings", None)
@@ -107,7 +107,7 @@ def context_length(model: nn.Module) -> int | None:
 
 @torch.no_grad()
 def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """Prompt and its greedy continuation; of an encoder-decoder, its answer. Raises AfpqError for an encoder."""
+    """Return the prompt and its greedy continuation (an encoder-decoder's answer). Raises AfpqError for an encoder."""
     if not generates(model):
         raise AfpqError(f"{type(model).__name__} does not write text")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -123,5 +123,5 @@ def _guarded(model: str | Path, load: Callable[[], T]) -> T:
         return load()
     except AfpqError:
         raise
-    except Exception as error:  # files are foreign input: any class of Transformers may stumble over them its own way
+    except Exception as error:  # foreign input: any class of Transformers may raise anything
         raise AfpqError(f"{model}: Transformers cannot load it: {' '.join(str(error).split())[:300]}") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How much memory is free: what may be loaded whole, and what may not."""
+"""Measure the free memory of the system, the container and the GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CGROUP = Path("/sys/fs/cgroup")  # a container's own limit
 
 
 def available_memory() -> int:
-    """Bytes this process may still take without harm; where no one tells, half of the machine's, else 0."""
+    """Return the bytes of free memory; half of the installed memory if the system does not report it, else 0."""
     return max(0, min(_free_in_system(), _left_in_container()))
 
 
 def available_device_memory(device: torch.device) -> int:
-    """Bytes free on the GPU; Transformers loads into ordinary memory first, so never more than are free there."""
+    """Return the free bytes of the GPU, at most those of main memory: Transformers loads models there first."""
     free: int = torch.cuda.mem_get_info(device)[0]
     return min(free, available_memory())
 

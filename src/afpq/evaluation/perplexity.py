@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How good is a model: perplexity with its standard error, and how far it is from a reference model.
+"""Measure a model's perplexity with its standard error, and its KL divergence from a reference model.
 
 Perplexity follows the GPTQ papers: all text as one token stream, windows that do not overlap, the mean negative
-log-likelihood of all tokens but each window's first. KL is KL(reference || model), the sharper measure: it sees every
-change of the distribution, not only what happens to the one token that came.
+log-likelihood of all tokens but each window's first. KL is KL(reference || model), the sharper measure: it reflects
+every change of the distribution, not only that of the one token that came.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import require_next_token
 
-BATCH_TOKENS = 2048
+LOGITS_BATCH_TOKENS = 2048  # whose logits are computed at once
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures over `tokens` predicted tokens; the last three are None without a reference.
 
-    Standard errors take the windows as the independent samples (the tokens, where there is one window).
+    Standard errors take the windows as the independent samples (the tokens, if there is one window).
     `kl_divergence` is in nats per token, `top1_agreement` the share of tokens where both models rate the same
     token highest.
     """
@@ -39,31 +39,35 @@ class Evaluation:
     top1_agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields; None for a figure that is no number, such as the standard error of one sample."""
+        """Return its fields; None for a figure that is not finite, such as the standard error of one sample."""
         return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
-    """Logits of each window in turn, [length, vocabulary], on the model's device; batched inside.
+    """Yield the logits of each window, [length, vocabulary], on the model's device; batched inside.
 
-    `windows` are token ids, int64 [count, length]. Raises AfpqError for tokens the model does not know, and for a model
-    that does not predict the next token.
+    `windows` are token ids, int64 [count, length]. Raises AfpqError for tokens beyond the model's vocabulary, and for a
+    model that does not predict the next token.
     """
     require_next_token(model)
     device = next(model.parameters()).device
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    known = getattr(embedding, "num_embeddings", None)
-    if known is not None and int(windows.max()) >= known:
-        raise AfpqError(f"the text has token {int(windows.max())}, the model's vocabulary {known}: another tokenizer?")
-    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+    vocabulary = getattr(embedding, "num_embeddings", None)
+    if vocabulary is not None and int(windows.max()) >= vocabulary:
+        raise AfpqError(
+            f"the text has token {int(windows.max())}, the model's vocabulary {vocabulary}: another tokenizer?"
+        )
+    for batch in windows.split(max(1, LOGITS_BATCH_TOKENS // windows.shape[1])):
         yield from model(batch.to(device), use_cache=False).logits
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What was seen at each predicted token, float64 [windows, length - 1] on the CPU: the negative log-likelihood, and
-    with a reference the KL divergence from it and whether (1 or 0) both rate the same token highest.
+    """Scores of each predicted token, float64 [windows, length - 1] on the CPU.
+
+    `losses`: negative log-likelihoods. With a reference, `divergences`: KL divergences from it, and `agreements`: 1 if
+    both models rate the same token highest, else 0.
     """
 
     losses: Tensor
@@ -71,7 +75,7 @@ class TokenScores:
     agreements: Tensor | None = None
 
     def evaluation(self) -> Evaluation:
-        """The figures of all tokens. Raises AfpqError where they are not finite."""
+        """Return the figures of all tokens. Raises AfpqError if they are not finite."""
         mean, error = _mean_and_error(self.losses)
         if not math.isfinite(mean):
             raise AfpqError(
@@ -110,7 +114,7 @@ def measure(
 ) -> TokenScores:
     """Run the model on token windows [count, length].
 
-    `reference` gives a reference model's logits of each window in the same order (`logits_of`, or a list of them kept).
+    `reference` gives a reference model's logits of each window in the same order (`logits_of`, or a list of them).
     Raises AfpqError for a reference of another vocabulary.
     """
     losses, divergences, agreements = [], [], []
@@ -134,7 +138,7 @@ def measure(
 
 
 def _mean_and_error(samples: Tensor) -> tuple[float, float]:
-    """[windows, tokens] -> mean, and its standard error with windows as samples."""
+    """Return the mean of [windows, tokens], and its standard error with windows as samples."""
     means = samples.mean(1) if len(samples) > 1 else samples.flatten()
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
     return samples.mean().item(), error

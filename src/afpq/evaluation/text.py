@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Text -> tokens -> windows."""
+"""Read text, tokenize it and cut it into windows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 
-# name -> (hub path, configuration, split to measure on, column), joined by blank lines as in the GPTQ papers;
-# calibration takes the training split, never the one that is measured on
+# name -> (hub path, configuration, test split, column), joined by blank lines as in the GPTQ papers;
+# calibration uses the training split, never the test split
 DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
@@ -22,11 +22,10 @@ _C4_TEXTS = 1100  # the GPTQ papers read 256 windows of 2048 tokens; this many t
 
 
 def read_text(file: str | Path | None, dataset: str | None, calibration: bool = False) -> str:
-    """The text of a UTF-8 file, or of a named dataset (needs `pip install 'afpq[eval]'` and the network).
+    """Read a UTF-8 file, or a named dataset (needs `pip install 'afpq[eval]'` and the network).
 
-    A dataset's test split, or its training split for `calibration`.
-
-    Raises AfpqError for neither or both, an unreadable or empty file, an unknown name.
+    Of a dataset it reads the test split, or the training split for `calibration`. Raises AfpqError for neither or both,
+    an unreadable or empty file, and a name that is not in DATASETS.
     """
     if (file is None) == (dataset is None):
         raise AfpqError("give either a text file (--text FILE) or a dataset (--dataset NAME)")
@@ -63,16 +62,16 @@ def _dataset_text(name: str, calibration: bool) -> str:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """All text as one stream of token ids, int64 [n]."""
+    """Tokenize all text as one stream of token ids, int64 [n]."""
     ids = tokenizer(text, return_tensors=None, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tensor:
-    """Non-overlapping windows [count, length] from the start; a rest shorter than a window is dropped.
+    """Cut non-overlapping windows [count, length] from the start; a rest shorter than a window is dropped.
 
-    A text shorter than one window is a single shorter one. `max_tokens` cuts the stream first. Raises AfpqError for
-    fewer than two tokens, of which none could be predicted.
+    A text shorter than one window is a single shorter one. `max_tokens` truncates the stream first. Raises AfpqError
+    for fewer than two tokens: none could be predicted.
     """
     if length < 2:
         raise AfpqError(f"sequence length {length}: at least 2 are needed to predict a token")
@@ -86,7 +85,7 @@ def windows(tokens: Tensor, length: int, max_tokens: int | None = None) -> Tenso
 
 
 def sample_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """`count` windows [count, length], at the places of `window_starts`.
+    """Cut `count` windows [count, length] at the `window_starts`.
 
     A text of at most `length` tokens gives a single window of all of it. Raises AfpqError for fewer than two tokens.
     """
@@ -96,9 +95,9 @@ def sample_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor
 
 
 def window_starts(total: int, count: int, length: int, seed: int) -> list[int]:
-    """Where windows begin in a stream of `total` tokens: at a random place in each of `count` equal parts of it.
+    """Draw the starts of `count` windows in a stream of `total` tokens, one in each of `count` equal parts.
 
-    The same seed draws the same. Parts make sure that all of the text is heard, whose kind may change along the way.
+    The same seed gives the same starts. Stratified sampling covers the whole text even if its style changes.
     """
     if total <= length:
         return [0]
@@ -109,9 +108,9 @@ def window_starts(total: int, count: int, length: int, seed: int) -> list[int]:
 
 
 def unused_windows(tokens: Tensor, starts: list[int], used: int, length: int, limit: int) -> Tensor:
-    """At most `limit` windows [n, length], spread over the text, that no window of `used` tokens at `starts` touches.
+    """Cut at most `limit` windows [n, length], spread over the text, outside the windows of `used` tokens at `starts`.
 
-    Empty where no gap between them is long enough.
+    Empty if no gap between those is long enough.
     """
     ends = [0, *(start + used for start in sorted(starts))]
     free = [

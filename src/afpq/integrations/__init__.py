@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Thin adapters to other libraries, one file each, imported only when wanted."""
+"""Adapt other libraries (Transformers, the Hugging Face hub, PEFT) to quantized models."""

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`model.push_to_hub()` of a quantized model: with a card that says how to load it.
+"""Add a card that states how to load the model to `model.push_to_hub()` of a quantized model.
 
-Transformers writes a card of its own for a repository that has none. It does not mention afpq, without which the
-weights cannot be read, and there is no hook to give another: so the step that uploads is wrapped, for all models, and
-does as before for those that are not ours. (Wrapping it in each model would tie the model to itself, and its memory
-would outlive `del model`.)
+Transformers writes a generic card for a repository that has none. It does not mention afpq, which the weights need to
+be read, and there is no hook for another card: so the upload step is wrapped, for all models, and unchanged for those
+that are not ours. (Wrapping it in each model would make a reference cycle, and memory would outlive `del model`.)
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ GENERATED = "This model card has been automatically generated."  # in the card t
 
 
 def wrap_upload() -> None:
-    """From now on our card goes to the hub with a model of ours; call once."""
+    """Wrap the upload so that a quantized model goes to the hub with our card; call once."""
     upload = getattr(PreTrainedModel, "_upload_modified_files", None)
-    if upload is None:  # a private method; without it Transformers' own card is what goes
+    if upload is None:  # a private method; without it Transformers' own card is uploaded
         return
 
     @wraps(upload)
@@ -42,7 +41,7 @@ def wrap_upload() -> None:
 
 
 def _put_card(model: PreTrainedModel, place: Path) -> None:
-    """The card beside the files the model was loaded from, or a short one; a card that the repository has stays."""
+    """Write the card of the directory the model was loaded from, or a short one; a repository's own card stays."""
     card, directory = place / CARD, model.hf_quantizer.directory
     if not card.exists() or GENERATED not in card.read_text("utf-8"):
         return
@@ -52,7 +51,7 @@ def _put_card(model: PreTrainedModel, place: Path) -> None:
     ours.save(card)
     for path in directory.iterdir() if directory is not None else ():
         if path.is_file() and path.name in ours.text and not (place / path.name).exists():
-            shutil.copyfile(path, place / path.name)  # its picture, and the log it refers to
+            shutil.copyfile(path, place / path.name)  # the card's picture, and the log it refers to
 
 
 def _card_of(model: PreTrainedModel, directory: Path | None) -> str:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""LoRA by PEFT on a quantized model. Importing this file teaches PEFT the layer; everything else is PEFT's own API.
+"""LoRA by PEFT on a quantized model. Importing this file registers the layer; everything else is PEFT's own API.
 
     import afpq.integrations.peft
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     model = PeftModel.from_pretrained(model, "adapter")
 
-PEFT has no entry point for layers it does not know, but one class per method in a public table; ours stands there for
-LoRA and leaves all other layers to PEFT. It needs `pip install 'afpq[peft]'`.
+PEFT has no entry point for foreign layers, but a public table with one class per method; ours is the entry for LoRA and
+leaves all other layers to PEFT. It needs `pip install 'afpq[peft]'`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.versions import require_version
 
-from afpq.algorithms import quantize_rtn
 from afpq.errors import AfpqError
+from afpq.integrations.lora_merge import MergeTarget, float_linear, list_as_float, relative_size, requantized
 from afpq.model.linear import AfpqLinear
-from afpq.numerics.groups import QuantizedWeight, encode
 
 try:
-    require_version("peft>=0.19")  # earlier ones hand layers their settings in another way
+    require_version("peft>=0.19")  # earlier ones pass settings to layers in another way
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraModel, PeftType
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
@@ -37,25 +35,17 @@ except ImportError as error:
 
 T = TypeVar("T")
 
-# What needs the base weight as a float parameter, to change it or to follow it in every step.
+# Variants that need the base weight as a float parameter, to change it or to read it in every step.
 VARIANTS = (
     "use_dora", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "velora_config",
     "monteclora_config", "kasa_config",
 )  # fmt: skip
 INITIALIZATIONS = (True, False, "gaussian", "eva")
-MOSTLY_LOST = 0.5
-
-
-@dataclass(frozen=True)
-class MergeTarget:
-    """What a layer becomes when its adapters are merged: a float linear of `dtype`, or its own scheme once more."""
-
-    dtype: torch.dtype = torch.float32
-    requantize: bool = False
+MAX_MEAN_LOSS = 0.5  # share of the adapters lost by rounding, above which a warning is given
 
 
 class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
-    """LoRA around an AfpqLinear: PEFT's own layer, but for merging, which keeps the packed weight to come back to."""
+    """LoRA around an AfpqLinear: PEFT's own layer, except that merging keeps the packed weight for `unmerge`."""
 
     base_layer: nn.Module
     merged_adapters: list[str]
@@ -72,11 +62,11 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """Plain LoRA alone; PEFT refuses what is not listed."""
+        """Plain LoRA only; PEFT refuses other variants."""
         return {(): None}
 
     def resolve_lora_variant(self, *, config: Any, **options: Any) -> Any:
-        """None, plain LoRA. Raises AfpqError for what needs a float weight."""
+        """Return None (plain LoRA). Raises AfpqError for variants that need a float weight."""
         for name in VARIANTS:
             if getattr(config, name, None):
                 raise AfpqError(f"LoraConfig({name}=...) needs float weights, these are quantized; use plain LoRA")
@@ -89,9 +79,9 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters (the active ones if None) into the weight, as `merge_target` says; `unmerge` undoes it exactly.
+        """Merge adapters (the active ones if None) into the weight, by `merge_target`; `unmerge` undoes it exactly.
 
-        `safe_merge` changes nothing: an adapter that `check_mergeable` refuses is never merged.
+        `safe_merge` has no effect: an adapter that `check_mergeable` refuses is never merged.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
@@ -108,7 +98,7 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
                 bias = bias + scaling * up.bias
         if self.merge_target.requantize:
             rounded = requantized(packed.quantized_weight(), base + change)
-            self.merge_error = _ratio(rounded.dequantize() - base - change, change)
+            self.merge_error = relative_size(rounded.dequantize() - base - change, change)
             self.base_layer = AfpqLinear.from_weight(rounded, bias)
         else:
             self.merge_error = None
@@ -116,14 +106,14 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
         self._packed, self.merged_adapters = [packed], names
 
     def unmerge(self) -> None:
-        """The packed layer as it was before `merge`, byte by byte."""
+        """Restore the packed layer as it was before `merge`, byte by byte."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.base_layer, self._packed, self.merged_adapters = self._packed[0].to(self.weight.device), [], []
 
     def check_mergeable(self, names: list[str]) -> None:
-        """Raises AfpqError for adapters that hold NaN or Inf, or a bias that the layer has no place for."""
+        """Raise AfpqError for adapters that hold NaN or Inf, or a bias if the layer has none."""
         for name in names:
             if name not in self.lora_A:
                 continue
@@ -135,10 +125,10 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
 
 class AfpqLoraModel(LoraModel):  # type: ignore[misc]
-    """PEFT's LoraModel that also adapts AfpqLinear. `merge_and_unload` and `merge_adapter` take `requantize`."""
+    """PEFT's LoraModel that also adapts AfpqLinear; `merge_and_unload` and `merge_adapter` accept `requantize`."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """What PEFT fills in, the layer class for AfpqLinear, and AfpqLinear for "all-linear"."""
+        """Complete the config as PEFT does, with AfpqLinear's layer class, and AfpqLinear in "all-linear"."""
         adapted = tuple(f"{name}." for name in _named(self.model, BaseTunerLayer))
         quantized = [name for name in _named(self.model, AfpqLinear) if not name.startswith(adapted)]
         _check_modules_to_save(peft_config, quantized)
@@ -157,10 +147,10 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """The base model with the adapters in its weights; its adapted layers are float linears in the model's dtype.
+        """Return the base model with the adapters merged; adapted layers become float linears in the model's dtype.
 
-        `requantize` rounds them to their own scheme instead, which loses part of the adapters: `merge_errors` says how
-        much. Everything else as in PEFT. The model's config follows, so that `save_pretrained` writes what loads.
+        `requantize` rounds them to their own scheme instead, which loses part of the adapters: `merge_errors` holds the
+        share. Everything else as in PEFT. The model's config is updated, so that `save_pretrained` writes what loads.
         Raises AfpqError, with nothing merged, as `AfpqLoraLinear.check_mergeable` does.
         """
         with self._merging(adapter_names, requantize):
@@ -170,19 +160,19 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
     ) -> None:
-        """As `merge_and_unload`, but `unmerge_adapter` gives the packed weights back, byte by byte."""
+        """Merge as `merge_and_unload` does; `unmerge_adapter` restores the packed weights, byte by byte."""
         with self._merging(adapter_names, requantize):
             super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, *arguments: Any, **options: Any) -> nn.Module:
         adapted = _named(self.model, AfpqLoraLinear)
         model: nn.Module = super()._unload_and_optionally_merge(*arguments, **options)
-        _tell_config(model, [name for name in adapted if isinstance(model.get_submodule(name), nn.Linear)])
+        list_as_float(model, [name for name in adapted if isinstance(model.get_submodule(name), nn.Linear)])
         return model
 
     @contextmanager
     def _merging(self, adapter_names: list[str] | None, requantize: bool) -> Iterator[None]:
-        """Checks all layers before any is merged, tells them what to become, and notes what requantizing cost."""
+        """Check all layers before any is merged, set their targets, and collect the errors of requantizing."""
         own = (p.dtype for name, p in self.model.named_parameters() if p.is_floating_point() and "lora_" not in name)
         target = MergeTarget(next(own, torch.float32), requantize)
         layers = _named(self.model, AfpqLoraLinear)
@@ -191,13 +181,13 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         for layer in layers.values():
             merged, changed = layer.merged_adapters, layer.merge_target != target
             layer.merge_target = target
-            if merged and changed:  # into something else
+            if merged and changed:  # into another target
                 layer.unmerge()
                 layer.merge(adapter_names=merged)
         yield
         self.merge_errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
         mean = sum(self.merge_errors.values()) / max(1, len(self.merge_errors))
-        if mean > MOSTLY_LOST:
+        if mean > MAX_MEAN_LOSS:
             warnings.warn(
                 f"rounding the merged weights to their own schemes moved them by {mean:.0%} of what the adapters did "
                 f"(mean of {len(self.merge_errors)} layers; see merge_errors); without requantize nothing is lost",
@@ -205,36 +195,12 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
             )
 
 
-def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
-    """float32 [out, in] in the scheme of `old`: on its scales or on newly searched ones, whichever is nearer.
-
-    The old scales suit a weight that has hardly changed: all its other values lie on their grid already.
-    """
-    kept = QuantizedWeight(encode(weight, old.scales, old.scheme), old.scales, old.scheme)
-    searched = quantize_rtn(weight, old.scheme, "mse")
-    return min(kept, searched, key=lambda rounded: (rounded.dequantize() - weight).square().sum().item())
-
-
-def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear of this weight [out, in]; its bias takes the weight's dtype."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return linear
-
-
-def _ratio(error: Tensor, change: Tensor) -> float:
-    size = change.norm().item()
-    return error.norm().item() / size if size else 0.0
-
-
 def _named(model: nn.Module, kind: type[T]) -> dict[str, T]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def _check_modules_to_save(config: Any, quantized: list[str]) -> None:
-    """Raises AfpqError where a module to train whole is quantized: PEFT would train nothing of it, without a word."""
+    """Raise AfpqError for a quantized module in `modules_to_save`: PEFT would silently train nothing of it."""
     for name in quantized:
         parts = name.split(".")
         above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
@@ -244,18 +210,6 @@ def _check_modules_to_save(config: Any, quantized: list[str]) -> None:
                     f"modules_to_save={entry!r} holds {name}, which is quantized and cannot be trained whole; "
                     "adapt it by target_modules, or leave it out when quantizing"
                 )
-
-
-def _tell_config(model: Any, floats: list[str]) -> None:
-    """What is float now is listed as not quantized; a model without quantized layers is no quantized model."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not floats:
-        return
-    if not any(isinstance(module, AfpqLinear) for module in model.modules()):
-        quantizer.remove_quantization_config(model)
-        return
-    config = model.config.quantization_config
-    config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *floats})
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = AfpqLoraModel

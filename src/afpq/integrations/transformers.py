@@ -1,63 +1,59 @@
 # SPDX-License-Identifier: MIT
-"""The Transformers plug-in: quantize while loading, load what was saved. Importing this file registers it.
+"""The Transformers plug-in: quantize while loading, and load saved models. Importing this file registers it.
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=AfpqConfig(format="nf4"))
     AutoModelForCausalLM.from_pretrained("a directory written by afpq")
     AutoModelForCausalLM.from_pretrained("the same", quantization_config=AfpqConfig(dequantize=True))
 
-Stays within the hooks that have been the same since Transformers 5.0. Before any weight is loaded, every tensor the
-model expects is looked up in the checkpoint's headers: Transformers itself would leave a missing or misshapen one
-as uninitialized memory, with a warning at most.
+It uses only hooks that are unchanged since Transformers 5.0. Before any weight is loaded, every tensor that the model
+expects is looked up in the checkpoint's headers: Transformers would leave a missing or misshapen one as uninitialized
+memory, with a warning at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from afpq.algorithms.rtn import quantize_named
 from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
 from afpq.errors import AfpqError
 from afpq.integrations.hub import wrap_upload
+from afpq.integrations.quantize_loaded import QuantizeLoaded
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
 from afpq.model.embedding import AfpqEmbedding
 from afpq.model.embedding_and_head import EmbeddingAndHead, saved_ends, settle_recipe
-from afpq.model.experts import AfpqExperts, find_experts
-from afpq.model.linear import AfpqLinear, PackedModule
-from afpq.model.packed_modules import convertible, spare_initialization, swap_ends, swap_matrices, waits_to_be_quantized
+from afpq.model.experts import find_experts
+from afpq.model.linear import PackedModule
+from afpq.model.packed_modules import convertible, is_loading_slot, mark_initialized, pack_ends, pack_matrices
 from afpq.model.renamed_tensors import ExpertMerge
-from afpq.numerics.groups import QuantizedWeight
-from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
 from afpq.recipe import Recipe, is_kept
 
 
 class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How to quantize, or how a saved model was: the `quantization_config` of its config.json.
+    """The quantization of a model, to be done or saved: the `quantization_config` of its config.json.
 
     bits (2, 3, 4, 8) picks the normal-float format of that width unless `format` names one; `sym=False` means a
     scale for each sign (a zero point for integer formats). `modules_to_not_convert` holds names or patterns of
     modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. The output head and the
-    embedding stay as they are unless `lm_head` and `embedding` say how to store them: a scheme's text, its keys, or
-    "same" as the rest; tied ones are one weight. `dequantize` loads a saved model with plain weights; all else then
-    comes from the saved model. Raises AfpqError for values that make no sense.
+    embedding stay as they are unless `lm_head` and `embedding` give a scheme: its text, its keys, or "same" as the
+    rest; tied ones are one weight. `dequantize` loads a saved model with float weights; everything else then comes
+    from the saved model. Raises AfpqError for invalid values.
     """
 
-    dequantize = False  # of the instance only where it is asked for: a wish of the one who loads, never saved
+    dequantize = False  # set in an instance only if requested: an option of loading, never saved
 
     def __init__(
         self,
@@ -85,16 +81,16 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.dequantize = True
 
     def recipe(self) -> tuple[Recipe, list[str]]:
-        """(recipe, modules_to_not_convert)."""
+        """Return (recipe, modules_to_not_convert)."""
         return config_from_json(self.__dict__)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config given to `from_pretrained` changes of the saved one."""
+        """Return the keys that a config given to `from_pretrained` changes in the saved one."""
         return {"dequantize": True} if self.dequantize else {}
 
 
 class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps linears for AfpqLinear before loading; fills them from the checkpoint, or quantizes what is loaded."""
+    """The quantizer: replaces linears by AfpqLinear before loading, then fills them or quantizes what is loaded."""
 
     requires_calibration = False
 
@@ -110,7 +106,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Nothing to check: the plain-torch kernels run everywhere."""
+        """Check nothing: the plain-torch kernels run everywhere."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -125,7 +121,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         other = next((file for file in checkpoint_files or () if not file.endswith(".safetensors")), None)
         if self.pre_quantized and other is not None:
             raise AfpqError(f"{other}: a quantized model is read from safetensors only")
-        self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # for the card to push
+        self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # with the card to upload
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = TensorLookup(headers, model)
         recipe, ends = self._settle(model, recipe, located)
@@ -135,17 +131,17 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             saved = saved_name(name, located)
             return None if is_kept(saved, kept) or name in schemes else recipe.scheme_for(saved)
 
-        # A saved model lists every linear it kept; the blocks matter only while deciding.
+        # A saved model lists every linear it kept; the blocks matter only for a new one.
         self.blocks = [block.name for block in find_blocks(model)]
         places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
-        swap_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
-        swap_ends(model, ends, recipe, kept, self.pre_quantized)
+        pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
+        pack_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
-        self.settled, self.ends, self.learned = recipe, ends, _learned(model)
+        self.settled, self.ends, self.learned = recipe, ends, _unlearned(model)
         if self.pre_quantized and self.learned:
             raise AfpqError(f"quantization_config: no code book for {self.learned[0]}; config.json is incomplete")
-        spare_initialization(model)
+        mark_initialized(model)
         if find_experts(model):
             self.merges = located.names.merges
         if self.pre_quantized:
@@ -157,16 +153,16 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.quantization_config.__dict__.update(ends_to_json(recipe))
 
     def _settle(self, model: PreTrainedModel, recipe: Recipe, located: TensorLookup) -> tuple[Recipe, EmbeddingAndHead]:
-        """The recipe with its schemes of the ends, and the ends: tied unless the checkpoint has them apart."""
+        """Return the recipe with its schemes of the ends, and the ends: tied unless the checkpoint stores both."""
         if not self.pre_quantized:
-            return settle_recipe(model, recipe, located.differ)
+            return settle_recipe(model, recipe, located.hold_different_values)
         return recipe, saved_ends(model, lambda name: located.find(name) is not None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
         for name, module in model.named_modules():
-            left = next((p for p in module._parameters if waits_to_be_quantized(module, p)), None)
+            left = next((p for p in module._parameters if is_loading_slot(module, p)), None)
             if left is not None:
                 raise AfpqError(
                     f"{name}.{left}: not in the checkpoint, or not under this name; list it as not to convert"
@@ -176,14 +172,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.settle() if isinstance(module, AfpqEmbedding) else module.prepare()
         if not self.pre_quantized:
             if self.learned:
-                self._note_books(model)
+                self._note_codebooks(model)
             warn_of_left(model, self.blocks)
-        if self.quantization_config.dequantize:  # Transformers has dropped the config by now; the weights are packed
-            return self._dequantize(model, model.dtype)
+        if self.quantization_config.dequantize:  # Transformers has dropped the config here, but the weights are packed
+            unpack_model(model, model.dtype)
         return model
 
-    def _note_books(self, model: PreTrainedModel) -> None:
-        """Say in the config which book each layer has learned: it is saved there."""
+    def _note_codebooks(self, model: PreTrainedModel) -> None:
+        """Write the codebook that each layer has learned to the config, where it is saved."""
         schemes = {name: model.get_submodule(name).scheme for name in self.learned}
         recipe, config = settled_recipe(self.settled, self.ends, schemes), self.quantization_config
         skips = {key: value for key, value in config.dynamic.items() if key.startswith("-:")}
@@ -192,92 +188,38 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         parent, _dot, name = param_name.rpartition(".")
-        return waits_to_be_quantized(model.get_submodule(parent), name)
+        return is_loading_slot(model.get_submodule(parent), name)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
-        """Where experts lie elsewhere in the files, and Transformers' own table would only rename what it merges."""
+        """Return the renamings of experts with another path in files; Transformers' table renames only merged ones."""
         moved = {(m.in_files, m.merged) for m in self.merges if m.in_files != m.merged} if self.pre_quantized else set()
         return [WeightRenaming(f"{in_files}.", f"{merged}.") for in_files, merged in sorted(moved)]
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return QuantizeLoaded(self.failures, self.quantization_config.recipe()[0].search)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Plain linears in place of ours, so that the model is an ordinary one in `dtype`, by default the one it has.
+        """Replace packed modules by float ones, so that the model is an ordinary one in `dtype` (by default its own).
 
-        Everything that is in the model's dtype is cast along, as it has to compute with the weights. Raises AfpqError,
-        with the model as it was, for a weight too large for `dtype` or one that is offloaded.
+        Everything that is in the model's dtype is cast too, since it computes with the weights. Raises AfpqError, with
+        the model unchanged, for a weight too large for `dtype` or one that is offloaded.
         """
-        model = self._dequantize(model, dtype or model.dtype)
+        unpack_model(model, dtype or model.dtype)
         self.remove_quantization_config(model)
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 part.config.__dict__.pop("_is_quantized", None)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-        unpack_model(model, dtype)
-        return model
 
-
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    """A loaded weight -> the buffers of its AfpqLinear."""
-
-    def __init__(self, quantizer: AfpqHfQuantizer) -> None:
-        self.quantizer = quantizer
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], *, model: PreTrainedModel, missing_keys: Any = None, **_: Any
-    ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            parent, _dot, leaf = str(name).rpartition(".")
-            module = model.get_submodule(parent)
-            for layer_name, part, kind in _parts(module, parent, leaf, weight):
-                layer = model.get_submodule(layer_name)
-                assert isinstance(layer, PackedModule)
-                if kind == "bias":
-                    tensors[f"{layer_name}.bias"] = part.contiguous()
-                    continue
-                solved = self._solve(f"{layer_name}.weight", part, layer.scheme)
-                layer.scheme = replace(layer.scheme, format=solved.scheme.format)  # a book may have been learned
-                packed = to_tensors(solved)
-                tensors |= {f"{layer_name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
-            del module._parameters[leaf]
-            if missing_keys is not None:
-                missing_keys.discard(name)
-        return tensors
-
-    def _solve(self, name: str, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-        try:
-            return quantize_named(name, weight, scheme, self.quantizer.quantization_config.recipe()[0].search)
-        except AfpqError as error:
-            # Transformers would swallow it; raised once all is loaded, so what stands here meanwhile is never used.
-            self.quantizer.failures.append(error)
-            return quantize_named(name, torch.zeros_like(weight), scheme, "absmax")
-
-
-def _learned(model: nn.Module) -> list[str]:
-    """The packed modules whose books are still to be learned."""
+def _unlearned(model: nn.Module) -> list[str]:
+    """Return the packed modules whose codebooks are still to be learned."""
     packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
     return [name for name, module in packed if module.scheme.format.learned]
 
 
-def _parts(module: nn.Module, name: str, leaf: str, weight: Tensor) -> Iterator[tuple[str, Tensor, str]]:
-    """(linear, its weight or bias, which of them) for all that a loaded parameter holds."""
-    if not isinstance(module, AfpqExperts):
-        conv1d = isinstance(module, AfpqLinear) and module.conv1d
-        yield name, weight.T if conv1d else weight, "weight"
-        return
-    for linear, kind, part in module.form.parts():
-        if part.tensor == leaf:
-            yield f"{name}.{linear}", part.of(weight), kind
-
-
 def _headers_of(file: str) -> dict[str, TensorInfo]:
-    """Of a safetensors file; of anything else none, since only those are ours."""
+    """Read the headers of a safetensors file; any other file has none."""
     return tensor_headers(Path(file)) if file.endswith(".safetensors") else {}
 
 
@@ -285,7 +227,7 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration rai
     register_quantization_config(QUANT_METHOD)(AfpqConfig)
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
     wrap_upload()
-    # Methods whose config may be given beside a saved one. There is no hook for it; the first 5.x have no list either
-    # and warn that they keep to the saved config.
+    # Methods whose config may be given in addition to a saved one. There is no hook for it; the first 5.x have no list
+    # either, and warn that they use the saved config.
     if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AfpqConfig,)

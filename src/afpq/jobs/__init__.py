@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Whole jobs that make a directory: quantize, export, import; their estimate, self-test and cards."""
+"""Quantize, export and import whole models: jobs that write a directory, estimate it, check it and describe it."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""4-bit weights as bitsandbytes saves them, read without bitsandbytes, and the same values in our layout.
+"""Read 4-bit weights as bitsandbytes saves them, without bitsandbytes, into our layout.
 
-Beside `NAME.weight`, the codes, two a byte with the first in the high half, lie `NAME.weight.quant_map` (what a code
-stands for), `.absmax` (a scale for each block) and `.quant_state.bitsandbytes__nf4` or `__fp4` (JSON as bytes). Double
+`NAME.weight` holds the codes, two per byte with the first in the high half, `NAME.weight.quant_map` the value of each
+code, `.absmax` a scale for each block and `.quant_state.bitsandbytes__nf4` or `__fp4` JSON as bytes. Double
 quantization makes absmax bytes: codes of `.nested_quant_map`, scaled by `.nested_absmax`, plus an offset from the JSON.
 
-Blocks run over the weight row after row without regard to its rows. Where a row is no multiple of a block, groups of
-their greatest common divisor lie inside one block each, so nothing is ever rounded: a block's scale is only repeated.
+Blocks run over the flattened weight and may cross its rows. If a row is no multiple of a block, groups of their
+greatest common divisor lie inside one block each, so nothing is ever rounded: a block's scale is only repeated.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from afpq.numerics.group_scales import GroupScales
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.scheme import Scheme
 
-STATE = ".quant_state.bitsandbytes__"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STATE_SUFFIX = ".quant_state.bitsandbytes__"
+PART_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DTYPES_OF_STATES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-MIN_GROUP = 16  # below, the repeated scales would take more than 2 bits for each weight
+MIN_GROUP_SIZE = 16  # below, the repeated scales would take more than 2 bits for each weight
 
 
 @dataclass(frozen=True)
 class BnbWeight:
-    """A packed weight [out, in] of a checkpoint: its tensor, what its state says, and the tensors it is made of.
+    """A packed weight of a checkpoint: its tensor, the fields of its state, and `parts`, the tensors it consists of.
 
-    `nested` is (block size of the scales' own scales, offset) where the scales are quantized too.
+    `shape` is [out, in]; `nested` is (block size of the scales' own scales, offset) if the scales are quantized too.
     """
 
     tensor: str
@@ -49,7 +49,7 @@ class BnbWeight:
 
     @property
     def group_size(self) -> int:
-        """Weights of a row that always share a block."""
+        """The number of adjacent weights of a row that always share a block."""
         return math.gcd(self.shape[1], self.blocksize)
 
     @property
@@ -58,13 +58,13 @@ class BnbWeight:
 
 
 def find_weights(checkpoint: Checkpoint) -> dict[str, BnbWeight]:
-    """Every 4-bit weight by its tensor's name; reads only their states, some 100 bytes each.
+    """Find every 4-bit weight by its tensor's name; reads only their states, some 100 bytes each.
 
     Raises AfpqError, naming the tensor, for a state that cannot be read or tensors that do not fit it.
     """
     found = {}
     for name in checkpoint.tensors:
-        tensor, separator, kind = name.partition(STATE)
+        tensor, separator, kind = name.partition(STATE_SUFFIX)
         if separator:
             found[tensor] = _described(checkpoint, tensor, kind, name)
     return found
@@ -72,7 +72,7 @@ def find_weights(checkpoint: Checkpoint) -> dict[str, BnbWeight]:
 
 def _described(checkpoint: Checkpoint, tensor: str, kind: str, state: str) -> BnbWeight:
     keys = _read_state(checkpoint, state)
-    parts = [name for part in PARTS if (name := f"{tensor}.{part}") in checkpoint.tensors]
+    parts = [name for part in PART_SUFFIXES if (name := f"{tensor}.{part}") in checkpoint.tensors]
     try:
         nested = (int(keys["nested_blocksize"]), float(keys["nested_offset"])) if "nested_blocksize" in keys else None
         out_features, in_features = (int(size) for size in keys["shape"])
@@ -96,7 +96,7 @@ def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _check(checkpoint: Checkpoint, weight: BnbWeight) -> None:
-    """The tensors are there, and as long as the state says."""
+    """Check that the tensors exist and have the sizes that the state requires."""
     if min(weight.blocksize, *weight.shape, *(weight.nested or (1,))[:1]) < 1:
         raise AfpqError(f"tensor {weight.tensor}: blocks of {weight.blocksize} in {weight.shape} make no sense")
     blocks = -(-weight.elements // weight.blocksize)
@@ -108,7 +108,7 @@ def _check(checkpoint: Checkpoint, weight: BnbWeight) -> None:
         if info is None or info.bytes != size:
             found = "is not in the checkpoint" if info is None else f"has {info.bytes} bytes"
             raise AfpqError(f"tensor {weight.tensor}{part}: {found}; {weight.shape} in bitsandbytes needs {size}")
-    if weight.group_size < MIN_GROUP:
+    if weight.group_size < MIN_GROUP_SIZE:
         raise AfpqError(
             f"tensor {weight.tensor}: rows of {weight.shape[1]} weights and blocks of {weight.blocksize} have only "
             f"groups of {weight.group_size} in common; quantize the original model instead"
@@ -116,7 +116,7 @@ def _check(checkpoint: Checkpoint, weight: BnbWeight) -> None:
 
 
 def read_absmax(checkpoint: Checkpoint, weight: BnbWeight) -> Tensor:
-    """float32 [blocks]: their scales, as bitsandbytes computes them. Raises AfpqError for NaN or Inf."""
+    """Read the blocks' scales as bitsandbytes computes them, float32 [blocks]. Raises AfpqError for NaN or Inf."""
     absmax = checkpoint.read(f"{weight.tensor}.absmax")
     if weight.nested is not None:
         size, offset = weight.nested
@@ -128,15 +128,15 @@ def read_absmax(checkpoint: Checkpoint, weight: BnbWeight) -> Tensor:
 
 
 def fits_float16(absmax: Tensor) -> bool:
-    """Whether float16 holds these scales exactly: those of a float16 model, but for double quantization."""
+    """Whether float16 holds these scales exactly, as for a float16 model without double quantization."""
     return torch.equal(absmax.half().float(), absmax)
 
 
 def read_format(checkpoint: Checkpoint, weight: BnbWeight) -> tuple[Format, Tensor]:
-    """(the code book, uint8 [16]: bitsandbytes' code -> ours). The book is nf4, or carries its values in its name.
+    """Return (the codebook, bitsandbytes' code -> ours as uint8 [16]); nf4, or a format with the values in its name.
 
-    Ours ascend and have one zero; fp4 of bitsandbytes has codes in another order, and -0. Its values are told in 9
-    digits, which float32 needs at most.
+    Our codebooks ascend and have one zero; fp4 of bitsandbytes has another order, and -0. Its values are written with 9
+    digits, the most that float32 needs.
     """
     table = checkpoint.read(f"{weight.tensor}.quant_map")
     values, codes = torch.unique(table + 0.0, sorted=True, return_inverse=True)  # + 0.0 turns -0.0 into 0.0
@@ -150,16 +150,16 @@ def read_format(checkpoint: Checkpoint, weight: BnbWeight) -> tuple[Format, Tens
 
 
 def read_weight(checkpoint: Checkpoint, weight: BnbWeight, scheme: Scheme) -> QuantizedWeight:
-    """The weight in our layout: exactly the same values, if the scheme's scales can hold them (else rounded).
+    """Read a weight into our layout: exactly the same values if the scheme's scales can hold them, else rounded.
 
     `scheme` has the weight's format and group size, is symmetric, and stores its scales as floats.
     """
-    packed = checkpoint.read(weight.tensor).flatten().view(torch.uint8)  # whatever dtype it was declared to have
+    packed = checkpoint.read(weight.tensor).flatten().view(torch.uint8)  # whatever its declared dtype
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()[: weight.elements]
     codes = read_format(checkpoint, weight)[1][codes.int()].view(weight.shape)
     firsts = torch.arange(0, weight.elements, weight.group_size)
     scales = read_absmax(checkpoint, weight)[firsts // weight.blocksize].view(weight.shape[0], -1)
-    empty = scales == 0  # a group of zeros: ours have the scale 1, and the code of zero
+    empty = scales == 0  # a group of zeros: ours has scale 1 and the code of zero
     if scheme.format.has_zero and bool(empty.any()):
         codes[empty.repeat_interleave(weight.group_size, -1)] = scheme.format.values.index(0.0)
         scales = torch.where(empty, 1.0, scales)

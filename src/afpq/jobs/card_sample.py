@@ -21,7 +21,7 @@ from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_device_memory, available_memory
-from afpq.evaluation.perplexity import BATCH_TOKENS, Evaluation, evaluate, logits_of
+from afpq.evaluation.perplexity import LOGITS_BATCH_TOKENS, Evaluation, evaluate, logits_of
 from afpq.evaluation.text import unused_windows, window_starts, windows
 
 MAX_WINDOWS, MAX_LENGTH = 16, 512
@@ -101,7 +101,7 @@ def measure_card_text(
 
 def _needed(plan: Plan, cuda: bool) -> int:
     """Bytes of both models, of both batches of logits and of the distributions of a window."""
-    logits = 4 * vocabulary(plan) * (2 * BATCH_TOKENS + 8 * MAX_LENGTH)
+    logits = 4 * vocabulary(plan) * (2 * LOGITS_BATCH_TOKENS + 8 * MAX_LENGTH)
     if cuda:
         return plan.input_bytes + plan.output_bytes + logits
     return original_bytes(plan) + loaded_bytes(plan) + logits

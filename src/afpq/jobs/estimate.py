@@ -13,10 +13,9 @@ import torch
 from afpq.algorithms import fit_scheme, quantize_rtn
 from afpq.algorithms.guided_gptq import PARTS
 from afpq.calibration.head_inputs import PART
-from afpq.calibration.hidden_states import BATCH_TOKENS
+from afpq.calibration.hidden_states import BLOCK_BATCH_TOKENS
 from afpq.checkpoint.plan import OUTSIDE, Plan, Target
-from afpq.jobs.end_pass import BATCH_TOKENS as BATCH_TOKENS_OF_STEP
-from afpq.jobs.end_pass import JUDGES, LOOKS, end_pass_bytes
+from afpq.jobs.end_pass import EVALUATIONS, HELD_OUT_ONE_IN, STEP_TOKENS, end_pass_bytes
 from afpq.numerics.scale_search import RATIOS
 from afpq.recipe import METHODS
 
@@ -58,7 +57,7 @@ def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
     widest = max(max(t.shape[1] for t in plan.targets), 1)
     width = min(t.shape[1] for t in plan.block_targets or plan.targets)
     moments = (8 if method.solver == "gptq" else 2) * 4 * widest**2
-    batch = 6 * 4 * BATCH_TOKENS * widest  # what a forward pass holds, in float32
+    batch = 6 * 4 * BLOCK_BATCH_TOKENS * widest  # what a forward pass holds, in float32
     memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + batch
     memory += max((8 * t.elements + 24 * min(t.elements, PART) for t in plan.end_targets), default=0)
     states = 4 * windows[0] * windows[1] * width
@@ -82,8 +81,8 @@ def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
 def _end_pass_flops(plan: Plan, windows: tuple[int, int]) -> float:
     """A step is a pass of the original, and forwards, forwards once more and backwards (two passes) of the result."""
     elements = sum(info.elements for info in plan.checkpoint.tensors.values())
-    step = 2 * 5 * max(BATCH_TOKENS_OF_STEP, windows[1]) * elements
-    judging = 2 * 2 * (LOOKS + 1) * windows[0] * windows[1] / JUDGES * elements
+    step = 2 * 5 * max(STEP_TOKENS, windows[1]) * elements
+    judging = 2 * 2 * (EVALUATIONS + 1) * windows[0] * windows[1] / HELD_OUT_ONE_IN * elements
     return plan.recipe.end_pass * step + judging
 
 
@@ -125,7 +124,7 @@ def _expert_share(plan: Plan) -> float:
 def _awq_flops(plan: Plan, tokens: int) -> float:
     """A forward pass of a part of the block (half of it, on average) for each fold and candidate; the clips."""
     elements = sum(t.elements for t in plan.targets)
-    search = AWQ_GRID * FOLDS * 2 * min(tokens, BATCH_TOKENS) * elements / 2
+    search = AWQ_GRID * FOLDS * 2 * min(tokens, BLOCK_BATCH_TOKENS) * elements / 2
     clips = sum(2 * t.elements * t.scheme.span(t.shape[1]) * 2 * len(RATIOS) for t in plan.targets)
     return search + (clips if METHODS[plan.recipe.method].solver != "gptq" else 0)
 

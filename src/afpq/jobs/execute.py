@@ -27,12 +27,12 @@ from afpq.checkpoint.writer import ShardWriter
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_device_memory, available_memory
-from afpq.jobs.bit_budget import SENSITIVITIES
 from afpq.jobs.card_sample import CardFigures, measure_card_text
 from afpq.jobs.end_pass import EndPass, end_pass_bytes, run_end_pass, vector_places
 from afpq.jobs.prepare import Job, Progress
 from afpq.jobs.quality_card import Card, write_card
 from afpq.jobs.selftest import check_reloaded
+from afpq.jobs.sensitivity_file import SENSITIVITIES
 from afpq.numerics.scheme import parse_scheme
 from afpq.recipe import METHODS
 from afpq.version import __version__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`afpq.export`: a quantized checkpoint in, an ordinary one out, for whatever cannot read ours.
+"""`afpq.export`: turn a quantized checkpoint into an ordinary one, for software that cannot read ours.
 
 One tensor is in memory at a time, whatever the size of the model.
 """
@@ -24,16 +24,16 @@ from afpq.jobs.rewrite import Progress, Rewrite, rewrite
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import Spec, from_tensors, spec_bytes
 
-TARGETS = {
+EXPORT_DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
 }  # fmt: skip
-SLAB = 2**24  # weights unpacked at a time: decoding takes some 14 bytes for each
+SLAB_WEIGHTS = 2**24  # unpacked at a time: decoding takes some 14 bytes per weight
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. `kept` names the floats that stayed in a wider dtype than the rest."""
+    """Figures of an export; `kept` names the tensors that stayed in a wider dtype than the rest."""
 
     dtype: str
     layers: int
@@ -56,10 +56,10 @@ def export(
 ) -> Exported:
     """Write the quantized checkpoint `model` (a directory or hub id) into the new directory `out` with plain weights.
 
-    `dtype` is bf16, fp16, fp32 or the torch dtype; by default that of the tensors which are not quantized. They become
-    it too, but for those the model holds in a wider dtype than the rest (a router's float32 bias in a bfloat16 model):
-    they were kept wide on purpose, and stay. `out` appears when complete. Raises AfpqError for a checkpoint that is
-    not afpq's or is broken, and for a tensor too large for `dtype`.
+    `dtype` is bf16, fp16, fp32 or the torch dtype; by default that of the tensors that are not quantized. Those are
+    cast too, except the ones in a wider dtype than the rest (a router's float32 bias in a bfloat16 model): they are
+    wide on purpose. `out` appears when complete. Raises AfpqError for a checkpoint that is not afpq's or is broken, and
+    for a tensor too large for `dtype`.
     """
     checkpoint = open_checkpoint(model)
     layers = quantized_layers(checkpoint, trust_remote_code)
@@ -100,12 +100,12 @@ def export(
 
 
 def original_name(layer: QuantizedLayer) -> str:
-    """What the weight [out, in] of a quantized layer was called before, and is called after an export."""
+    """Return the name of a quantized layer's weight [out, in] before quantization and after an export."""
     return layer.tensors["qweight"].removesuffix("qweight") + "weight"
 
 
 def dequantized(checkpoint: Checkpoint, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
-    """A layer's weight, [out, in]. Raises AfpqError where its tensors are broken or the weight is beyond `dtype`."""
+    """Decode a layer's weight, [out, in]. Raises AfpqError for broken tensors or a weight too large for `dtype`."""
     tensors = {part: checkpoint.read(name) for part, name in layer.tensors.items()}
     weight = from_tensors(tensors, layer.scheme, layer.shape[1])
     codes, count = layer.tensors["qweight"], len(layer.scheme.format.values)
@@ -114,7 +114,7 @@ def dequantized(checkpoint: Checkpoint, layer: QuantizedLayer, dtype: torch.dtyp
     if layer.elements and not _reach(weight) <= torch.finfo(torch.float32).max:
         raise AfpqError(f"layer {layer.name}: its scales are not finite numbers; the file is broken")
     result = torch.empty(layer.shape, dtype=dtype)
-    step = max(1, SLAB // max(1, layer.shape[1]))
+    step = max(1, SLAB_WEIGHTS // max(1, layer.shape[1]))
     for first in range(0, layer.shape[0], step):
         rows = slice(first, first + step)
         slab = QuantizedWeight(weight.codes[rows], weight.scales[rows], weight.scheme).dequantize()
@@ -123,7 +123,7 @@ def dequantized(checkpoint: Checkpoint, layer: QuantizedLayer, dtype: torch.dtyp
 
 
 def _reach(weight: QuantizedWeight) -> float:
-    """No weight is larger; NaN where a scale is."""
+    """Return an upper bound of the weights' size; NaN if a scale is NaN."""
     values = weight.scheme.format.values
     largest = torch.stack([side.float().abs().amax() for side in (weight.scales.pos, weight.scales.neg)]).amax()
     return float(largest) * (values[-1] - values[0])
@@ -144,13 +144,12 @@ def _tensors(
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises AfpqError for a finite number that is none in `dtype`."""
+    """Cast a tensor. Raises AfpqError for a finite number that overflows `dtype`."""
     result = tensor.to(dtype)
     if not tensor.numel() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return result
-    if bool(
-        torch.isfinite(torch.stack(tensor.aminmax()).to(dtype)).all()
-    ):  # one pass, where asking each number takes three
+    extremes = torch.stack(tensor.aminmax()).to(dtype)  # one pass; a check of each number takes three
+    if bool(torch.isfinite(extremes).all()):
         return result
     lost = torch.isfinite(tensor) & ~torch.isfinite(result)
     if bool(lost.any()):
@@ -160,7 +159,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _usual_dtype(checkpoint: Checkpoint, names: list[str]) -> torch.dtype:
-    """What most of the numbers that are not quantized are stored in."""
+    """Return the dtype of most numbers that are not quantized."""
     counts: Counter[torch.dtype] = Counter()
     for name in names:
         info = checkpoint.tensors[name]
@@ -170,13 +169,13 @@ def _usual_dtype(checkpoint: Checkpoint, names: list[str]) -> torch.dtype:
 
 
 def _dtype_after(found: torch.dtype, usual: torch.dtype, target: torch.dtype) -> torch.dtype:
-    """Of a tensor that is not quantized: the target, unless it is no float or wider than is usual in its model."""
+    """Return the dtype of a tensor that is not quantized: the target, unless it is no float or wider than usual."""
     return found if found not in FLOATS or found.itemsize > usual.itemsize else target
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = TARGETS.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in TARGETS.values():
+    found = EXPORT_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in EXPORT_DTYPES.values():
         raise AfpqError(f"cannot export to {dtype}; known: bf16, fp16, fp32")
     return found
 

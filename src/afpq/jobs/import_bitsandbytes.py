@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`afpq.import_model`: a checkpoint that bitsandbytes quantized to 4 bits -> the same weights in our layout."""
+"""`afpq.import_model`: rewrite a checkpoint that bitsandbytes quantized to 4 bits in our layout."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ SCALE_DTYPES = ("float16", "float32")  # rows of SCALE_STORAGES that hold absmax
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote. True bits are over the quantized weights with all that is stored for them.
+    """Figures of an import. True bits are over the quantized weights with everything stored for them.
 
-    `schemes` counts layers; `exact`: every weight has the value it had, to the last bit of float32.
+    `schemes` counts layers; `exact`: every weight keeps its value, to the last bit of float32.
     """
 
     kind: str
@@ -68,9 +68,9 @@ def import_model(
 ) -> Imported:
     """Write the bitsandbytes checkpoint `model` (a directory or hub id; nf4 or fp4) in our layout into `out`.
 
-    Weights keep their values exactly. Scales are stored as float16 where that loses nothing, else as float32; naming a
-    `scale_dtype` forces it, and float16 then rounds double-quantized scales. bitsandbytes is not needed. Raises
-    AfpqError for any other checkpoint, a broken one, and layers whose rows have too little in common with the blocks.
+    Weights keep their values exactly. Scales are stored as float16 if that is lossless, else as float32; `scale_dtype`
+    forces one, and float16 then rounds double-quantized scales. bitsandbytes is not needed. Raises AfpqError for any
+    other checkpoint, a broken one, and layers whose rows and blocks have too small a common divisor.
     """
     if scale_dtype not in (None, *SCALE_DTYPES):
         raise AfpqError(f"scale dtype {scale_dtype!r}; known here: {', '.join(SCALE_DTYPES)}")
@@ -98,14 +98,14 @@ def import_model(
     )
     config = {**plan.checkpoint.config, "quantization_config": _config(plan, weights)}
     job = Rewrite(plan.checkpoint, plan.outputs(), config, _card(str(model), plan, result))
-    told = rewrite(
+    self_test = rewrite(
         job,
         Path(out),
         _tensors(checkpoint, plan, weights),
         progress,
         lambda written: check_reloaded(written, plan, skeleton, trust_remote_code),
     )
-    return replace(result, self_test=told)
+    return replace(result, self_test=self_test)
 
 
 def _check_method(checkpoint: Checkpoint) -> None:
@@ -120,7 +120,7 @@ def _check_method(checkpoint: Checkpoint) -> None:
 
 
 def _scheme(checkpoint: Checkpoint, weight: BnbWeight, scale_dtype: str | None) -> Scheme:
-    """How a weight is stored; without a dtype for the scales, the smallest that holds them exactly."""
+    """Return a weight's scheme; by default with the smallest dtype that holds its scales exactly."""
     if scale_dtype is None:
         scale_dtype = "float16" if fits_float16(read_absmax(checkpoint, weight)) else "float32"
     return Scheme(read_format(checkpoint, weight)[0], weight.group_size, True, scale_dtype)
@@ -133,7 +133,7 @@ def _holds(chosen: Scheme, fitting: Scheme) -> bool:
 def _plan(
     checkpoint: Checkpoint, skeleton: PreTrainedModel, weights: dict[str, BnbWeight], schemes: dict[str, Scheme]
 ) -> Plan:
-    """A plan as if the float model were quantized, in which exactly the packed linears are targets."""
+    """Make a plan as for the float model, in which exactly the packed linears are targets."""
     plain = _as_floats(checkpoint, weights)
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     located = TensorLookup(plain.tensors, skeleton)
@@ -153,7 +153,7 @@ def _plan(
 
 
 def _as_floats(checkpoint: Checkpoint, weights: dict[str, BnbWeight]) -> Checkpoint:
-    """The headers as they were before bitsandbytes. Its packed tensors cannot be read from there."""
+    """Return the headers as before bitsandbytes; packed tensors cannot be read by them."""
     hidden = {part for weight in weights.values() for part in weight.parts if part != weight.tensor}
     tensors = {
         name: TensorInfo(weights[name].dtype, weights[name].shape, info.file) if name in weights else info
@@ -165,7 +165,7 @@ def _as_floats(checkpoint: Checkpoint, weights: dict[str, BnbWeight]) -> Checkpo
 
 
 def _overrides(schemes: dict[str, Scheme], usual: Scheme) -> tuple[tuple[str, Scheme], ...]:
-    """Patterns for the modules that are not stored as usual: for a whole kind of layer, where all of it is the same."""
+    """Return patterns for the modules with an unusual scheme: one for a kind of layer if all of it has the same."""
     kinds: dict[str, set[Scheme]] = {}
     for name, scheme in schemes.items():
         kinds.setdefault(name.rpartition(".")[2], set()).add(scheme)
@@ -180,7 +180,7 @@ def _overrides(schemes: dict[str, Scheme], usual: Scheme) -> tuple[tuple[str, Sc
 def _with_outsiders(
     plan: Plan, modules: dict[str, str], weights: dict[str, BnbWeight], schemes: dict[str, Scheme]
 ) -> Plan:
-    """The plan with packed linears outside of the blocks too, which bitsandbytes quantizes and we by default do not."""
+    """Add packed linears outside the blocks to the plan: bitsandbytes quantizes them, we by default do not."""
     units = []
     for unit in plan.units:
         packed = [name for name in unit.tensors if name in weights]

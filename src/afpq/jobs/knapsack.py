@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One option for each group, so that the losses' sum is least and the costs' sum stays within a budget.
+"""Choose one option for each group, so that the losses' sum is least and the costs' sum stays within a budget.
 
-The multiple-choice knapsack problem, exactly, by dynamic programming over the useful partial sums: those that no other
-is cheaper and better than, and that can still beat the best known choice. The latter is told by a price for cost
-(Lagrange's multiplier): what groups still to come add to loss + price * cost is at least the sum of their minima.
+This solves the multiple-choice knapsack problem exactly, by dynamic programming over the undominated partial sums (no
+other is both cheaper and better) that can still beat the best known choice. The bound comes from a price of cost (a
+Lagrange multiplier): the groups still to come add at least the sum of their minima to loss + price * cost.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from afpq.errors import AfpqError
 
-MOST = 2**16  # partial sums kept; only problems far beyond those of models reach it, and lose exactness there
-HALVINGS = 200
+MAX_PARTIAL_SUMS = 2**16  # above it the result is not exact; no model's problem comes near
+PRICE_HALVINGS = 200
 
 
 def choose_options(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """`costs[g][k]`, whole numbers >= 0, and `losses[g][k]` of option k of group g -> the option chosen for each group.
+    """Choose an option k for each group g, given `costs[g][k]` (whole numbers >= 0) and `losses[g][k]`.
 
-    Raises AfpqError where even the cheapest options cost more than the budget.
+    Raises AfpqError if even the cheapest options cost more than the budget.
     """
     C = [torch.tensor(row, dtype=torch.float64) for row in costs]  # whole numbers below 2^53 are exact in it
     L = [torch.tensor(row, dtype=torch.float64) for row in losses]
@@ -42,7 +42,7 @@ def choose_options(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[flo
         kept = _useful(costs_now, losses_now, hopeful.nonzero()[:, 0])
         cost, loss = costs_now[kept], losses_now[kept]
         steps.append((kept // len(c), kept % len(c)))
-    chosen, place = [], len(cost) - 1  # the dearest that is kept is the best
+    chosen, place = [], len(cost) - 1  # the most expensive sum kept is the best
     for before, option in reversed(steps):
         chosen.append(int(option[place]))
         place = int(before[place])
@@ -50,7 +50,7 @@ def choose_options(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[flo
 
 
 def _behind(values: Sequence[float]) -> list[float]:
-    """Sums of all values from each place on; 0 behind the last."""
+    """Return the sum of all values from each place on; 0 after the last."""
     sums = [0.0]
     for value in reversed(values):
         sums.append(sums[-1] + value)
@@ -58,20 +58,20 @@ def _behind(values: Sequence[float]) -> list[float]:
 
 
 def _useful(costs: Tensor, losses: Tensor, places: Tensor) -> Tensor:
-    """Of the sums at `places` those that none cheaper (or as cheap) is as good as, from cheap to dear."""
+    """Keep the sums at `places` that are better than all cheaper or equally cheap ones, in ascending cost."""
     places = places[losses[places].argsort(stable=True)]
     places = places[costs[places].argsort(stable=True)]
     found = losses[places]
     best = torch.cat([found.new_full((1,), torch.inf), found.cummin(0).values[:-1]])
     places = places[found < best]
-    if len(places) > MOST:
-        places = places[torch.linspace(0, len(places) - 1, MOST).round().long()]
+    if len(places) > MAX_PARTIAL_SUMS:
+        places = places[torch.linspace(0, len(places) - 1, MAX_PARTIAL_SUMS).round().long()]
     return places
 
 
 def _price(C: list[Tensor], L: list[Tensor], budget: int) -> tuple[float, float]:
-    """(the lowest price, by halving, at which the options of least loss + price * cost fit the budget; their loss)."""
-    costs = pad_sequence(C, batch_first=True)  # [groups, options]; those that are no options have an infinite loss
+    """Bisect for the lowest price at which the options of least loss + price * cost fit the budget; and their loss."""
+    costs = pad_sequence(C, batch_first=True)  # [groups, options]; padding has an infinite loss
     losses = pad_sequence(L, batch_first=True, padding_value=torch.inf)
 
     def at(price: float) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def _price(C: list[Tensor], L: list[Tensor], budget: int) -> tuple[float, float]
         return 0.0, loss
     # One unit of cost never buys more than all losses together.
     low, high = 0.0, 1.0 + sum(float(value.max() - value.min()) for value in L)
-    for _ in range(HALVINGS):
+    for _ in range(PRICE_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if at(middle)[0] <= budget else (middle, high)
     return high, at(high)[1]

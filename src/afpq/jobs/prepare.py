@@ -24,8 +24,9 @@ from afpq.errors import AfpqError
 from afpq.evaluation.devices import find_device
 from afpq.evaluation.loading import load_tokenizer, require_next_token, window_length
 from afpq.evaluation.text import sample_windows, tokenize
-from afpq.jobs.bit_budget import Budget, Choice, settle_budget, with_choice
+from afpq.jobs.bit_budget import Budget, Choice, settle_budget
 from afpq.jobs.card_sample import CardText, WindowDraw, card_text_of, unused_card_text
+from afpq.jobs.chosen_overrides import with_choice
 from afpq.model.skeleton import build_skeleton
 from afpq.recipe import METHODS, Recipe
 from afpq.version import __version__

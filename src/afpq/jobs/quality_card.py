@@ -15,8 +15,10 @@ from afpq.checkpoint.card_header import LOAD, PAPER, front_matter
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.reader import CARD
 from afpq.evaluation.tables import size_text, table, with_error
-from afpq.jobs.bit_budget import SENSITIVITIES, SHARES, Choice, share_cells
+from afpq.jobs.bit_budget import Choice
 from afpq.jobs.card_sample import CardFigures
+from afpq.jobs.chosen_shares import SHARES, share_cells
+from afpq.jobs.sensitivity_file import SENSITIVITIES
 from afpq.model.coverage import coverage_warning
 from afpq.recipe import METHODS
 from afpq.version import __version__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Write one checkpoint made from another, a tensor at a time: OUT appears when all of it is written and read back."""
+"""Write a checkpoint made from another, a tensor at a time; OUT appears once everything is written and verified."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]  # (tensor just written, bytes done, 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What OUT will hold beside the companions of `source`: its tensors in order, its config.json, its model card."""
+    """The contents of OUT: the companions of `source`, tensors in order, config.json and model card."""
 
     source: Checkpoint
     outputs: dict[str, Spec]
@@ -42,14 +42,14 @@ def rewrite(
     progress: Progress | None = None,
     check: Callable[[Checkpoint], str] | None = None,
 ) -> str:
-    """Write `tensors`, each of `job.outputs` once, into the new directory `out`; returns what `check` says of it.
+    """Write `tensors`, each of `job.outputs` once, into the new directory `out`; return the result of `check`.
 
     `check` gets the finished checkpoint before it has its name. A run that is stopped leaves nothing. Raises AfpqError
-    where `out` exists or cannot be written, and for a tensor that is not on the disk as it was made.
+    if `out` exists or cannot be written, and for a tensor that differs on the disk from the computed one.
     """
     digests: dict[str, str] = {}
     done = 0
-    # Nothing is ever finished in its journal; but OUT.partial of a run that can go on is not swept away.
+    # Its journal has no finished units, but `resume` keeps the OUT.partial of another run that can be resumed.
     with work_directory(out, job.output_bytes, {"command": "a conversion"}, resume=True) as work:
         with ShardWriter(work.path, job.outputs) as writer:
             for name, tensor in tensors:
@@ -64,6 +64,6 @@ def rewrite(
         with work.as_published(job.config) as directory:
             written = open_checkpoint(directory)
             check_tensors(written, job.outputs, digests)
-            told = "" if check is None else check(written)
+            verdict = "" if check is None else check(written)
         write_json(work.path / "config.json", job.config)
-    return told
+    return verdict

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A model in memory: its blocks, linears, experts, embedding and head, and packed modules in their place."""
+"""Find the blocks, linears, experts, embedding and head of a model in memory, and put packed modules in their place."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What of a model's blocks was not quantized, and a warning where that is much: a half-quantized model looks whole."""
+"""Count the weights of a model's blocks that were not quantized, and warn if they are many."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from afpq.model.linear import AfpqLinear
 
-LOW_COVERAGE = 0.95  # below it a warning; the small rest of a usual model are convolutions, routers and the like
-MOST = 6  # kinds of tensors named in a warning
+LOW_COVERAGE = 0.95  # below it a warning; the small rest of a usual model is convolutions, routers and the like
+MAX_KINDS_NAMED = 6  # in a warning
 
 
 def kinds_left(weights: Mapping[str, int]) -> dict[str, int]:
-    """Tensors by kind, with the numbers in their names as `*`: kind -> how many weights, most first."""
+    """Sum tensors' weights by kind (the name with its numbers as `*`), the largest first."""
     kinds: dict[str, int] = {}
     for name, count in weights.items():
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
@@ -25,12 +25,12 @@ def kinds_left(weights: Mapping[str, int]) -> dict[str, int]:
 
 
 def coverage_warning(coverage: float, left: Mapping[str, int]) -> str | None:
-    """A sentence on the weights left as they were, where they are many; `left`: tensor -> weights."""
+    """Return a sentence on the weights left as they were, None if they are few; `left`: tensor -> weights."""
     if coverage >= LOW_COVERAGE:
         return None
     kinds = kinds_left(left)
-    named = ", ".join(f"{kind} ({count:,})" for kind, count in list(kinds.items())[:MOST])
-    more = f" and {len(kinds) - MOST} more" if len(kinds) > MOST else ""
+    named = ", ".join(f"{kind} ({count:,})" for kind, count in list(kinds.items())[:MAX_KINDS_NAMED])
+    more = f" and {len(kinds) - MAX_KINDS_NAMED} more" if len(kinds) > MAX_KINDS_NAMED else ""
     return (
         f"only {100 * coverage:.1f} % of the blocks' weights are quantized; "
         f"{sum(kinds.values()):,} weights stay as large as they were: {named}{more}"
@@ -38,7 +38,7 @@ def coverage_warning(coverage: float, left: Mapping[str, int]) -> str | None:
 
 
 def warn_of_left(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Log the warning for a model whose linears have been replaced; `blocks` are the names of its blocks."""
+    """Log that warning for a model whose linears have been replaced; `blocks` are the names of its blocks."""
     places = tuple(f"{name}." for name in blocks)
     layers = [m for name, m in model.named_modules() if isinstance(m, AfpqLinear) and name.startswith(places)]
     quantized = sum(layer.in_features * layer.out_features for layer in layers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A loaded quantized model -> an ordinary one: the modules there were before, with the weights the codes say."""
+"""Turn a loaded quantized model into an ordinary one: the float modules again, with dequantized weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from afpq.model.linear import AfpqLinear, PackedModule
 
 @torch.no_grad()
 def unpack_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Plain modules in place of the packed ones, in place; everything in the model's dtype is cast to `dtype` along.
+    """Replace packed modules by float ones, in place, and cast everything in the model's dtype to `dtype`.
 
-    Raises AfpqError, with the model as it was, for a weight too large for `dtype` or one that is offloaded.
+    Raises AfpqError, with the model unchanged, for a weight too large for `dtype` or one that is offloaded.
     """
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedModule)]
     for name, module in packed:
@@ -40,7 +40,7 @@ def unpack_model(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, split in experts.items():
         replace_module(model, name, fuse_experts(split))
     if experts:
-        model._weight_conversions = None  # of a quantized model; None: saved as a float model is
+        model._weight_conversions = None  # those of a quantized model; with None it is saved as a float model
     for parameter in model.parameters():
         if parameter.dtype == before:
             parameter.data = parameter.data.to(dtype)
@@ -55,7 +55,7 @@ def _check(name: str, module: PackedModule, dtype: torch.dtype) -> None:
 
 
 def _plain_linear(layer: AfpqLinear, dtype: torch.dtype) -> nn.Module:
-    """The linear, or Conv1D, that a layer was made from, with the weight its codes say."""
+    """Return the linear, or Conv1D, that a layer was made from, with the dequantized weight."""
     weight, plain = layer.dequantize(dtype), _empty_linear(layer)
     plain.weight = nn.Parameter(weight.T.contiguous() if layer.conv1d else weight)
     if layer.bias is not None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""AfpqEmbedding: a packed table of which only the rows looked up are unpacked. AfpqTiedHead: its other reader.
+"""AfpqEmbedding: a packed table that unpacks only the rows looked up. AfpqTiedHead: the output head that shares it.
 
-Models with tied embeddings have one table for two uses: a token's row on the way in, a product with all rows on the
-way out. It is stored once, by the embedding; the head keeps a reference and no tensors, so that saving, moving and
-counting see one table.
+Models with tied embeddings use one table twice: a token's row on the way in, a product with all rows on the way out.
+The embedding stores it; the head keeps a reference and no tensors, so that saving, moving and counting see one table.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ from afpq.numerics.scheme import Scheme
 class AfpqEmbedding(PackedModule):
     """An embedding whose table is packed; its rows have no gradients.
 
-    `lookup` is the float embedding it replaces, which this takes over: instead of a table it keeps one row of ones,
-    in the dtype that results have. So a class of embedding that multiplies its rows by a factor (Gemma's) still says
-    by which.
+    `lookup` is the float embedding it replaces, with one row of ones in place of its table, in the dtype of the
+    results. So a class of embedding that multiplies its rows by a factor (Gemma's) still gives that factor.
     """
 
     def __init__(self, lookup: nn.Embedding, scheme: Scheme, device: torch.device | str | None = None) -> None:
         super().__init__(lookup.num_embeddings, lookup.embedding_dim, scheme, device)
         self.num_embeddings, self.embedding_dim = lookup.num_embeddings, lookup.embedding_dim
-        self.padding_idx, lookup.padding_idx = lookup.padding_idx, None  # there is no such row in a table of one row
+        self.padding_idx, lookup.padding_idx = lookup.padding_idx, None  # a table of one row has no such row
         ones = torch.ones(1, lookup.embedding_dim, dtype=lookup.weight.dtype, device=device)
         del lookup.weight
         lookup.register_buffer("weight", ones, persistent=False)
@@ -39,7 +37,7 @@ class AfpqEmbedding(PackedModule):
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, lookup: nn.Embedding) -> AfpqEmbedding:
-        """The embedding that looks up in weight.dequantize()."""
+        """Make the embedding that looks up rows of weight.dequantize(), [num_embeddings, embedding_dim]."""
         table = cls(lookup, weight.scheme, "meta")
         table.fill(weight)
         table.lookup._buffers["weight"] = torch.empty_like(table.lookup.weight, device=weight.codes.device)
@@ -47,7 +45,10 @@ class AfpqEmbedding(PackedModule):
         return table
 
     def settle(self) -> None:
-        """Call once all tensors are there: loading a model leaves whatever the memory held in the row of ones."""
+        """Restore the row of ones, which loading leaves uninitialized; call once all tensors are loaded.
+
+        Raises AfpqError for a class of embedding that does more than scale its rows.
+        """
         with torch.no_grad():
             self.lookup.weight.fill_(1)
         if not scales_its_rows(self.lookup):
@@ -55,7 +56,7 @@ class AfpqEmbedding(PackedModule):
         self.prepare()
 
     def plain(self, dtype: torch.dtype) -> nn.Embedding:
-        """The float embedding again; this one is of no more use."""
+        """Return the float embedding, with the dequantized table in `dtype`; this module must not be used any more."""
         lookup = self.lookup
         del lookup.weight
         lookup.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
@@ -63,18 +64,18 @@ class AfpqEmbedding(PackedModule):
         return lookup
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [...] -> [..., embedding_dim], in the dtype that the float embedding had."""
+        """Look up token ids [...]: the rows [..., embedding_dim], in the dtype of the float embedding."""
         flat = ids.reshape(-1)
         scales, scales_neg, zeros, grid = self._scale_buffers()
-        book = self.scheme.format
+        codebook = self.scheme.format
         rows: Tensor = kernels.dequantize(
             self.qweight.index_select(0, flat),
             scales.index_select(0, flat),
             None if scales_neg is None else scales_neg.index_select(0, flat),
-            None if zeros is None else pack(codes_at(zeros, book.bits, flat), book.bits),
+            None if zeros is None else pack(codes_at(zeros, codebook.bits, flat), codebook.bits),
             grid,
-            book.values,
-            book.bits,
+            codebook.values,
+            codebook.bits,
             self.scheme.group_size,
             self.embedding_dim,
             self.lookup.weight.dtype,
@@ -83,7 +84,7 @@ class AfpqEmbedding(PackedModule):
         return rows if type(self.lookup) is nn.Embedding else rows * self.factor()
 
     def factor(self) -> Tensor:
-        """What rows are multiplied by, [1, embedding_dim]."""
+        """Return the factor that rows are multiplied by, [1, embedding_dim]."""
         factor: Tensor = self.lookup(torch.zeros(1, dtype=torch.long, device=self.lookup.weight.device))
         return factor
 
@@ -92,7 +93,7 @@ class AfpqEmbedding(PackedModule):
 
 
 class AfpqTiedHead(AfpqLinear):
-    """An output head that reads an embedding's table; of its own it has at most a bias."""
+    """An output head that reads an embedding's table; its only tensor, if any, is a bias."""
 
     readable = False
 
@@ -101,11 +102,11 @@ class AfpqTiedHead(AfpqLinear):
         self.in_features, self.out_features = table.embedding_dim, table.num_embeddings
         self.rows, self.columns = table.rows, table.columns
         self.bias, self.dtype = bias, table.lookup.weight.dtype
-        self.__dict__["table"] = table  # not as a submodule, whose tensors would be saved a second time
+        self.__dict__["table"] = table  # not a submodule: its tensors would be saved a second time
 
     @property
     def scheme(self) -> Scheme:  # type: ignore[override]
-        """The table's, whose book may have been learned after this was made."""
+        """The table's scheme, whose codebook may have been learned after this head was made."""
         table: AfpqEmbedding = self.__dict__["table"]
         return table.scheme
 
@@ -118,5 +119,5 @@ class AfpqTiedHead(AfpqLinear):
         return table.packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of any linear; where a model is spread over devices, computed where the embedding is."""
+        """Return logits [..., out_features] as any linear does, on the embedding's device."""
         return super().forward(x.to(self.qweight.device))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The two ends of a language model: the embedding that looks tokens up, the head that makes logits, and their tie.
+"""The two ends of a language model: the token embedding, the head that makes logits, and whether they share a weight.
 
-What stands outside of the blocks is left alone unless the recipe names a scheme for an end (`lm_head`, `embedding`).
-Where one weight serves both ends there is one scheme for both.
+Modules outside the blocks stay as they are unless the recipe has a scheme for an end (`lm_head`, `embedding`). Tied
+ends have one scheme.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from afpq.recipe import Recipe
 
 @dataclass(frozen=True)
 class EmbeddingAndHead:
-    """Names of the embedding and of the head, None where there is none of the kind that can be quantized.
+    """Names of the embedding and of the head, None if the model has none that can be quantized.
 
-    `tied`: one weight serves both. `sharers`: other modules that read the embedding's weight too.
+    `tied`: they share one weight. `sharers`: other modules that read the embedding's weight too.
     """
 
     embedding: str | None
@@ -34,7 +34,7 @@ class EmbeddingAndHead:
     sharers: tuple[str, ...] = ()
 
     def schemes(self, recipe: Recipe) -> dict[str, Scheme]:
-        """Module -> scheme, of the ends that the recipe quantizes; of a tied pair both."""
+        """Return module -> scheme for the ends that the recipe quantizes, the embedding first; for a tied pair both."""
         chosen = ((self.embedding, recipe.embedding), (self.head, recipe.lm_head))
         return {name: scheme for name, scheme in chosen if name is not None and scheme is not None}
 
@@ -43,7 +43,7 @@ NO_ENDS = EmbeddingAndHead(None, None, False)
 
 
 def find_embedding_and_head(model: nn.Module) -> EmbeddingAndHead:
-    """Of a model of Transformers, by its own account; of any other module none."""
+    """Find the ends that a Transformers model declares; any other module has none."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
     table = names.get(id(embedding)) if isinstance(embedding, nn.Embedding) else None
@@ -64,16 +64,16 @@ def _end(model: nn.Module, getter: str) -> Any:
 
 
 def _readers(model: nn.Module, weight: str) -> set[str]:
-    """The other names of a weight, as the model declares them."""
+    """Return the other names of a weight, as the model declares them."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     source = tied.get(weight, weight)
     return {name for pair in tied.items() if source in pair for name in pair} - {weight}
 
 
 def saved_ends(model: nn.Module, has_tensor: Callable[[str], bool]) -> EmbeddingAndHead:
-    """Of a model already quantized; `has_tensor` tells whether its checkpoint has a tensor.
+    """Find the ends of a model already quantized; `has_tensor` shows whether its checkpoint has a tensor.
 
-    A head that was tied has none; one with tensors of its own is tied no more, whatever the config says.
+    A tied head has none; a head with tensors of its own is not tied any more, whatever the config states.
     """
     ends = find_embedding_and_head(model)
     return replace(
@@ -82,12 +82,12 @@ def saved_ends(model: nn.Module, has_tensor: Callable[[str], bool]) -> Embedding
 
 
 def settle_recipe(
-    model: nn.Module, recipe: Recipe, differ: Callable[[str, str], bool] = lambda _a, _b: False
+    model: nn.Module, recipe: Recipe, stored_apart: Callable[[str, str], bool] = lambda _a, _b: False
 ) -> tuple[Recipe, EmbeddingAndHead]:
-    """The recipe with one scheme for both ends where they are tied, and the ends.
+    """Return the recipe, with one scheme for both ends if they are tied, and the ends.
 
-    `differ` tells whether the checkpoint stores two weights under two names, and so unties them, as Transformers does.
-    Raises AfpqError where an end that the recipe names does not exist, is skipped, or cannot be quantized.
+    `stored_apart(a, b)`: whether the checkpoint stores different values under two tied names, which unties them, as in
+    Transformers. Raises AfpqError if an end that the recipe names does not exist, is skipped, or cannot be quantized.
     """
     ends = find_embedding_and_head(model)
     if recipe.lm_head is None and recipe.embedding is None:
@@ -97,7 +97,7 @@ def settle_recipe(
         raise AfpqError(f"{kind} has no output head that is a linear layer; leave out --lm-head")
     if recipe.embedding is not None and ends.embedding is None:
         raise AfpqError(f"{kind} has no embedding of tokens that can be quantized; leave out --embedding")
-    if ends.tied and differ(f"{ends.embedding}.weight", f"{ends.head}.weight"):
+    if ends.tied and stored_apart(f"{ends.embedding}.weight", f"{ends.head}.weight"):
         ends = replace(ends, tied=False)
     if ends.tied:
         recipe = _tie(recipe, ends)
@@ -128,7 +128,7 @@ def _tie(recipe: Recipe, ends: EmbeddingAndHead) -> Recipe:
 
 
 def untie(model: nn.Module, packed: Collection[str]) -> None:
-    """Take these modules out of what Transformers ties, while loading and by `tie_weights()`: they have no weights."""
+    """Remove these modules, which have no weights, from those that Transformers ties in loading and `tie_weights()`."""
     for prefix, part in model.named_modules():
         place = f"{prefix}." if prefix else ""
         weights = [f"{name}.weight".removeprefix(place) for name in packed if name.startswith(place)]
@@ -141,7 +141,7 @@ def untie(model: nn.Module, packed: Collection[str]) -> None:
 
 
 def retie(model: Any) -> None:
-    """Undo `untie`, for a model whose weights are there again."""
+    """Undo `untie`, for a model that has float weights again."""
     for part in model.modules():
         part.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -149,9 +149,9 @@ def retie(model: Any) -> None:
 
 @torch.no_grad()
 def scales_its_rows(lookup: nn.Embedding) -> bool:
-    """Whether what an embedding returns is its table's row times a factor: 1, or the class's own.
+    """Check that an embedding returns its table's row times a factor: 1, or the class's own.
 
-    Tried out on a table of one row. True of an embedding that cannot be tried, since its buffers hold no values yet.
+    It is called with a table of one row. True for an embedding whose buffers hold no values yet.
     """
     if type(lookup) is nn.Embedding or any(b.is_meta for name, b in lookup.named_buffers() if name != "weight"):
         return True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Mixtures of experts: the 3-D parameters that Transformers keeps experts in, taken apart into linears.
+"""Mixtures of experts: split the 3-D parameters that Transformers keeps experts in into linears, and fuse them again.
 
 A fused module holds `gate_up_proj` [experts, 2 * inner, hidden] (or `up_proj`, without a gate) and `down_proj`
-[experts, hidden, inner]. `AfpqExperts` does the same work with three linears an expert, which are quantized, saved and
+[experts, hidden, inner]. `AfpqExperts` computes the same with three linears an expert, which are quantized, saved and
 run like all others, under the names they have in the files of Mixtral, Qwen or DeepSeek.
 """
 
@@ -21,15 +21,15 @@ from afpq.model.tensor_part import TensorPart
 
 GATED, PLAIN = "gate_up_proj", "up_proj"  # the fused parameter that reads the hidden states
 DOWN, BIAS = "down_proj", "_bias"
-NAMES = ("gate_proj", "up_proj", "down_proj")  # of an expert's linears, unless the model's files name them otherwise
+NAMES = ("gate_proj", "up_proj", "down_proj")  # an expert's linears, unless the model's files have other names
 
 
 @dataclass(frozen=True)
 class ExpertForm:
-    """How a fused module keeps its experts; told by its parameters, not by its class.
+    """The layout of a fused module's experts, found from its parameters and not from its class.
 
-    `interleaved`: rows of gate and up alternate, as in gpt-oss. `linear_in_up`: a scale of up's channels goes through
-    to what `down_proj` reads. `names`: of an expert's linears, gate (if any) and up, then down.
+    `interleaved`: rows of gate and up alternate, as in gpt-oss. `linear_in_up`: a scale of up's channels reaches the
+    input of `down_proj`. `names`: those of an expert's linears, gate (if any) and up, then down.
     """
 
     experts: int
@@ -47,19 +47,19 @@ class ExpertForm:
 
     @property
     def fused(self) -> str:
-        """The parameter that holds what reads the hidden states."""
+        """The fused parameter that reads the hidden states."""
         return GATED if self.gated else PLAIN
 
     def linears(self) -> list[str]:
-        """Name inside the module of experts of every linear, in order."""
+        """Return the name of every linear inside the module of experts, in order."""
         return [f"{index}.{leaf}" for index in range(self.experts) for leaf in self.names]
 
     def shape(self, leaf: str) -> tuple[int, int]:
-        """[out, in] of an expert's linear."""
+        """Return [out, in] of an expert's linear."""
         return (self.hidden, self.inner) if leaf == self.names[-1] else (self.inner, self.hidden)
 
     def parts(self) -> Iterator[tuple[str, str, TensorPart]]:
-        """(linear, "weight" or "bias", where in the fused module's parameters that is) of all they hold."""
+        """Yield (linear, "weight" or "bias", its part of a fused parameter) for every weight and bias."""
         kinds = (("weight", ""), *((("bias", BIAS),) if self.bias else ()))
         for index in range(self.experts):
             for leaf in self.names:
@@ -72,7 +72,7 @@ class ExpertForm:
                     )
 
     def _rows(self, leaf: str) -> tuple[int, int, int] | None:
-        """The outputs of a fused parameter that are this leaf's; None for all."""
+        """Return the outputs (start, stop, step) of a fused parameter that belong to this leaf; None for all."""
         if not self.gated or leaf == self.names[-1]:
             return None
         index = self.names.index(leaf)
@@ -81,14 +81,14 @@ class ExpertForm:
 
 
 class Expert(nn.Module):
-    """One expert: [tokens, hidden] -> [tokens, hidden]. Its linears are children under the names of the form."""
+    """One expert, [tokens, hidden] -> [tokens, hidden]; its linears are children with the names of the form."""
 
     shell: Any
 
     def __init__(self, form: ExpertForm, shell: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.form = form
-        self.__dict__["shell"] = shell  # shared by all experts, and no child: it has no parameters
+        self.__dict__["shell"] = shell  # shared by all experts; no submodule: it has no parameters
         for leaf in form.names:
             out_features, in_features = form.shape(leaf)
             self.add_module(leaf, nn.Linear(in_features, out_features, form.bias, device="meta", dtype=dtype))
@@ -102,7 +102,7 @@ class Expert(nn.Module):
 
 
 class AfpqExperts(nn.Module):
-    """The experts of a fused module, each a child called by its number; called as the fused module was."""
+    """The experts of a fused module as children named by their numbers; its `forward` has the same arguments."""
 
     shell: Any  # the fused module without its parameters
 
@@ -114,9 +114,9 @@ class AfpqExperts(nn.Module):
             self.add_module(str(index), Expert(form, shell, dtype))
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden], the experts [tokens, k] each token goes to, and their weights -> [tokens, hidden].
+        """Mix experts: [tokens, hidden], each token's experts [tokens, k] and their weights -> [tokens, hidden].
 
-        An index of `experts` or more stands for no expert. Sums in the order of the experts, as Transformers does.
+        An index of `experts` or more means no expert. Sums in the order of the experts, as Transformers does.
         """
         total = torch.zeros_like(hidden)
         for index in torch.unique(top_k_index).tolist():
@@ -128,12 +128,12 @@ class AfpqExperts(nn.Module):
 
 
 def _join(outputs: list[Tensor], interleaved: bool) -> Tensor:
-    """gate and up as the fused parameter gives them."""
+    """Arrange gate and up as the fused parameter outputs them."""
     return torch.stack(outputs, dim=-1).flatten(-2) if interleaved else torch.cat(outputs, dim=-1)
 
 
 def expert_form(module: nn.Module, names: tuple[str, ...] = NAMES) -> ExpertForm | None:
-    """The form of a fused module of experts; None for anything else, or for a form not known here."""
+    """Return the form of a fused module of experts; None for anything else, or for an unsupported form."""
     parameters = dict(module.named_parameters())
     gated = GATED in parameters
     fused, down = parameters.get(GATED if gated else PLAIN), parameters.get(DOWN)
@@ -157,9 +157,11 @@ def expert_form(module: nn.Module, names: tuple[str, ...] = NAMES) -> ExpertForm
 
 
 def _behaviour(shell: Any, inner: int) -> tuple[bool, bool] | None:
-    """(interleaved, linear_in_up) of a gate, found by trying; None where it cannot be told."""
+    """Find (interleaved, linear_in_up) of a gate by running it; None if the result is ambiguous."""
     generator = torch.Generator().manual_seed(0)
-    gate = 0.5 + torch.rand(1, inner, generator=generator, device="cpu")  # positive, lest a ReLU hide what is tried
+    gate = 0.5 + torch.rand(
+        1, inner, generator=generator, device="cpu"
+    )  # positive, so that a ReLU does not hide the difference
     up = torch.randn(1, inner, generator=generator, device="cpu")
     found = []
     for interleaved in (False, True):
@@ -167,7 +169,7 @@ def _behaviour(shell: Any, inner: int) -> tuple[bool, bool] | None:
         changed = up.clone()
         changed[0, 0] += 1
         difference = (shell._apply_gate(_join([gate, changed], interleaved)) - before).abs()[0]
-        # Where up's first channel was changed, so must the first output be, and no other.
+        # A change of up's first channel must change the first output, and no other.
         if bool(difference[0] > 0) and not bool((difference[1:] > 0).any()):
             doubled = shell._apply_gate(_join([gate, 1e4 * up], interleaved))
             found.append((interleaved, bool(torch.allclose(doubled, 1e4 * before, rtol=1e-4))))
@@ -175,21 +177,21 @@ def _behaviour(shell: Any, inner: int) -> tuple[bool, bool] | None:
 
 
 def _shell(module: nn.Module) -> Any:
-    """The module without its parameters: what is left is its activation."""
+    """Copy the module without its parameters; its activation is left."""
     shell = copy.copy(module)
     shell._parameters = {}
     return shell
 
 
 def split_experts(module: nn.Module, form: ExpertForm) -> AfpqExperts:
-    """The same experts as linears, on the meta device; `fill_experts` gives them the fused weights."""
+    """Make the same experts as linears on the meta device; `fill_experts` gives them the fused weights."""
     dtype = next(module.parameters()).dtype
     return AfpqExperts(form, _shell(module), dtype)
 
 
 @torch.no_grad()
 def fill_experts(split: AfpqExperts, fused: nn.Module) -> None:
-    """Each linear gets its part of the fused parameters, as a view: nothing is copied."""
+    """Give each linear its part of the fused parameters, as a view: nothing is copied."""
     for linear, kind, part in split.form.parts():
         value = part.of(fused.get_parameter(part.tensor))
         setattr(split.get_submodule(linear), kind, nn.Parameter(value, requires_grad=False))
@@ -197,7 +199,7 @@ def fill_experts(split: AfpqExperts, fused: nn.Module) -> None:
 
 @torch.no_grad()
 def fuse_experts(split: AfpqExperts) -> nn.Module:
-    """The fused module that experts were taken from, with the weights its linears (nn.Linear) have now."""
+    """Return the fused module again, with the weights that the experts' linears (nn.Linear) have now."""
     form = split.form
     fused: nn.Module = copy.copy(split.shell)
     fused._parameters = {}
@@ -218,12 +220,12 @@ def fuse_experts(split: AfpqExperts) -> nn.Module:
 
 
 def find_experts(model: nn.Module) -> dict[str, AfpqExperts]:
-    """Every module of experts that has been taken apart, by name."""
+    """Return every module of experts that was split into linears, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AfpqExperts)}
 
 
 def all_or_none(name: str, chosen: list[bool]) -> bool:
-    """Whether a module of experts is quantized. Raises AfpqError where only some of its linears would be."""
+    """Whether a module of experts is quantized. Raises AfpqError if only some of its linears would be."""
     if any(chosen) and not all(chosen):
         raise AfpqError(
             f"{name}: {sum(chosen)} of its {len(chosen)} linears would be quantized; skip all experts of a layer or "

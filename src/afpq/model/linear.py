@@ -18,14 +18,14 @@ from afpq.numerics.scheme import Scheme
 
 
 class NoWeight(AfpqError, AttributeError):
-    """Asked for the float weight of a packed module; to `hasattr` it is an attribute that is not there."""
+    """The error for reading the float weight of a packed module; for `hasattr` the attribute is missing."""
 
 
 class PackedModule(nn.Module):
-    """A matrix [rows, columns] stored as its scheme says, in buffers.
+    """A matrix [rows, columns] packed by its scheme, in buffers.
 
-    Buffers are named, shaped and typed by `packing.layout`: `qweight` and `scales_pos` + `scales_neg`, `scales`, or
-    `scales` + `zeros`, and `scale_grid` if their storage needs one. Scales keep their dtype under `.to(dtype)` and
+    `packing.layout` gives the buffers' names, shapes and dtypes: `qweight` and `scales_pos` + `scales_neg`, `scales`,
+    or `scales` + `zeros`, and `scale_grid` if their storage needs one. Scales keep their dtype under `.to(dtype)` and
     `.half()`: they are storage, not arithmetic.
     """
 
@@ -39,30 +39,30 @@ class PackedModule(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors that are saved, by the names of `packing.layout`."""
+        """Return the tensors that are saved, by the names of `packing.layout`."""
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def fill(self, weight: QuantizedWeight) -> None:
-        """Take a quantized weight's tensors for buffers."""
+        """Set the buffers to a quantized weight's tensors."""
         for name, tensor in to_tensors(weight).items():
             self._buffers[name] = tensor.contiguous()
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The codes and scales, unpacked."""
+        """Return the codes and scales, unpacked."""
         return from_tensors(self.packed(), self.scheme, self.columns)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix, [rows, columns]."""
+        """Return the matrix, [rows, columns]."""
         return self.quantized_weight().dequantize(dtype)
 
     def _scale_buffers(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What the ops take behind `qweight`: scales, scales_neg, zeros, grid."""
+        """Return the arguments of the ops after `qweight`: scales, scales_neg, zeros, grid."""
         packed = self.packed()
         first = packed["scales_pos" if self.scheme.two_scales else "scales"]
         return first, packed.get("scales_neg"), packed.get("zeros"), packed.get("scale_grid")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As any module's; a place to load `weight` to is no contradiction to one that is unpacked."""
+        """Register a parameter; `weight` may be one, as a loading slot, although reading it decodes."""
         if name == "weight":
             self._parameters[name] = param
         else:
@@ -80,7 +80,7 @@ class PackedModule(nn.Module):
             ) from None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Moves everything, but undoes a cast of the scales: rounding them to bfloat16 would change the weights."""
+        """Move everything, but undo a cast of the scales: rounding them to bfloat16 would change the weights."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -91,15 +91,15 @@ class PackedModule(nn.Module):
         return self
 
     def check_scales(self, name: str) -> None:
-        """Raises AfpqError naming a tensor of this layer, called `name`, whose scales are NaN or Inf."""
+        """Raise AfpqError if scales of this layer, called `name`, are NaN or Inf."""
         check_scales_finite({part: buffer for part, buffer in self._buffers.items() if buffer is not None}, f"{name}.")
 
     def prepare(self) -> None:
-        """Make what the kernels of its device keep, before the first call; moving a layer does it by itself."""
+        """Build the tables that its device's kernels need, before the first call; moving a layer does so too."""
         kernels.prepare(self.scheme.format.values, self.scheme.format.bits, self.qweight.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Refuses a tensor of another dtype, which torch would cast without a word, and scales that are NaN or Inf."""
+        """Refuse a tensor of another dtype, which torch would cast silently, and scales that are NaN or Inf."""
         given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
         tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
         for name, tensor in tensors.items():
@@ -115,8 +115,8 @@ class AfpqLinear(PackedModule):
     """A linear layer whose weight is packed; gradients reach the input and the bias."""
 
     bias: nn.Parameter | None
-    readable = True  # whether `weight` may be asked for; not of a head, which some would resize by it
-    conv1d = False  # whether it took the place of a Conv1D, whose weight is [in, out]
+    readable = True  # whether `weight` can be read; not for a head, which some callers would resize by it
+    conv1d = False  # whether it replaces a Conv1D, whose weight is [in, out]
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class AfpqLinear(PackedModule):
     def from_weight(
         cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> AfpqLinear:
-        """The layer that computes x @ weight.dequantize().T + bias; `dtype` is that of the weight it replaces."""
+        """Make the layer that computes x @ weight.dequantize().T + bias; `dtype` is that of the float weight."""
         out_features, in_features = weight.codes.shape
         layer = cls(in_features, out_features, weight.scheme, device="meta", dtype=dtype)
         layer.fill(weight)
@@ -148,18 +148,18 @@ class AfpqLinear(PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of x. Raises AfpqError for another width of x."""
+        """Map x [..., in_features] to [..., out_features] in x's dtype. Raises AfpqError for another width of x."""
         if x.shape[-1] != self.in_features:
             raise AfpqError(f"input of {x.shape[-1]} features for a layer of {self.in_features}")
-        book = self.scheme.format
+        codebook = self.scheme.format
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = kernels.linear(
-            x, self.qweight, *self._scale_buffers(), bias, book.values, book.bits, self.scheme.group_size
+            x, self.qweight, *self._scale_buffers(), bias, codebook.values, codebook.bits, self.scheme.group_size
         )
         return y
 
     def __getattr__(self, name: str) -> Any:
-        """`weight`, unpacked anew each time, for code that reads it instead of calling the layer (Mamba's does)."""
+        """Decode `weight` at each read, for code that reads it instead of calling the layer (Mamba's)."""
         if name != "weight" or "weight" in self._parameters or not self.readable:
             return super().__getattr__(name)
         if self.qweight.is_meta:

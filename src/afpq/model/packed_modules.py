@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Put packed modules where a model's matrices are, before its weights are loaded.
+"""Replace a model's matrices by packed modules, before its weights are loaded.
 
-Linears, Conv1D and fused experts become AfpqLinear, the ends of the model AfpqEmbedding and a head. All on the meta
-device; where weights are still to be quantized, the float parameters stay as places to load them to.
+Linears, Conv1D and fused experts become AfpqLinear, the ends of the model AfpqEmbedding and a head, all on the meta
+device; if weights are still to be quantized, the float parameters stay as loading slots.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from afpq.errors import AfpqError
 from afpq.model.blocks import conv1d_linears, replace_module
-from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
-from afpq.model.embedding_and_head import EmbeddingAndHead, untie
+from afpq.model.embedding import AfpqEmbedding
+from afpq.model.embedding_and_head import EmbeddingAndHead
 from afpq.model.experts import AfpqExperts, all_or_none, expert_form, split_experts
 from afpq.model.linear import AfpqLinear, PackedModule
+from afpq.model.replace_ends import replace_ends
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe, is_kept
 
@@ -25,7 +26,7 @@ SchemeOf = Callable[[str], Scheme | None]
 
 
 def convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every linear, Conv1D and module of fused experts, by name."""
+    """Return every linear, Conv1D and module of fused experts, by name."""
     convs = {name for name, _ in conv1d_linears(model)}
     return [
         (name, module)
@@ -34,14 +35,13 @@ def convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def swap_matrices(
+def pack_matrices(
     model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, leaves: tuple[str, ...], packed: bool
 ) -> None:
-    """Replace what is convertible and begins with one of `places`, where `scheme_of` its name has a scheme.
+    """Replace the convertible modules whose name begins with one of `places` and for which `scheme_of` has a scheme.
 
-    `leaves`: what an expert's linears are called (`TensorNames.leaves`). `packed`: whether the checkpoint holds
-    codes; if not, float parameters are kept to be loaded. Raises AfpqError where some of a layer's experts would be
-    quantized and others not.
+    `leaves`: names of an expert's linears (`TensorNames.leaves`). `packed`: whether the checkpoint holds codes; if not,
+    float parameters are kept to be loaded. Raises AfpqError if only some of a layer's experts would be quantized.
     """
     for name, module in convertible(model):
         if not name.startswith(tuple(places)):
@@ -68,7 +68,7 @@ def swap_matrices(
 
 
 def _empty_layer(module: nn.Module, scheme: Scheme) -> AfpqLinear:
-    """An AfpqLinear on the meta device in the shape of a linear or Conv1D."""
+    """Make an AfpqLinear on the meta device with the shape of a linear or Conv1D."""
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None) is not None
     conv1d = not isinstance(module, nn.Linear)
     in_features, out_features = weight.shape if conv1d else reversed(weight.shape)
@@ -77,39 +77,34 @@ def _empty_layer(module: nn.Module, scheme: Scheme) -> AfpqLinear:
     return layer
 
 
-def swap_ends(
+def pack_ends(
     model: PreTrainedModel, ends: EmbeddingAndHead, recipe: Recipe, kept: Sequence[str], packed: bool
 ) -> None:
-    """Packed modules for the embedding and the head, where the recipe has schemes for them.
+    """Replace the embedding and the head by empty packed modules, if the recipe has schemes for them.
 
     Raises AfpqError for one that is also among the modules to be kept.
     """
     schemes = ends.schemes(recipe)
-    for name, scheme in schemes.items():
-        if is_kept(name, kept):
-            raise AfpqError(f"{name}: has a scheme, and is in modules_to_not_convert; drop one of the two")
-        old = model.get_submodule(name)
-        weight = old.get_parameter("weight")
-        new: PackedModule
-        if isinstance(old, nn.Embedding):
-            new = AfpqEmbedding(old, scheme, "meta")
-        elif ends.tied:
-            table = model.get_submodule(ends.embedding or "")
-            assert isinstance(table, AfpqEmbedding)
-            new = AfpqTiedHead(table, old.bias)
-        else:
-            new = _empty_layer(old, scheme)
-            new.readable = False
-        if not packed and not isinstance(new, AfpqTiedHead):
+    clash = next((name for name in schemes if is_kept(name, kept)), None)
+    if clash is not None:
+        raise AfpqError(f"{clash}: has a scheme, and is in modules_to_not_convert; drop one of the two")
+
+    def empty_end(_name: str, module: nn.Module, scheme: Scheme) -> AfpqEmbedding | AfpqLinear:
+        weight = module.get_parameter("weight")  # before the embedding drops it
+        new = (
+            AfpqEmbedding(module, scheme, "meta") if isinstance(module, nn.Embedding) else _empty_layer(module, scheme)
+        )
+        if not packed:
             new.register_parameter("weight", weight)
-        replace_module(model, name, new)
-    untie(model, schemes)
+        return new
+
+    replace_ends(model, ends, schemes, empty_end)
 
 
-def spare_initialization(model: nn.Module) -> None:
-    """Some models fill their linears' weights from the module above (GPT-2's c_proj); ours have none to fill.
+def mark_initialized(model: nn.Module) -> None:
+    """Mark modules that hold a quantized linear, and have no tensors of their own, as initialized.
 
-    So what holds a quantized linear, and has no tensors of its own, counts as initialized.
+    Some models initialize their linears' weights from the module above (GPT-2's c_proj); ours have none.
     """
     for module in model.modules():
         if any(isinstance(child, AfpqLinear) for child in module.children()):
@@ -118,6 +113,6 @@ def spare_initialization(model: nn.Module) -> None:
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def waits_to_be_quantized(module: nn.Module, parameter: str) -> bool:
-    """Whether a parameter is only a place to load to."""
+def is_loading_slot(module: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is only a loading slot."""
     return isinstance(module, AfpqExperts) or (isinstance(module, PackedModule) and parameter == "weight")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantize a model that is in memory already: its linears become AfpqLinear, one after the other."""
+"""Quantize a model in memory: its linears become AfpqLinear, one after the other."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from afpq.errors import AfpqError
 from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, replace_module
 from afpq.model.coverage import warn_of_left
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
-from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe, untie
+from afpq.model.embedding_and_head import settle_recipe
 from afpq.model.linear import AfpqLinear, PackedModule
+from afpq.model.replace_ends import replace_ends
 from afpq.model.unfuse import unfuse
 from afpq.numerics.formats import repeated_codebook_bytes
+from afpq.numerics.scheme import Scheme
 from afpq.recipe import METHODS, Recipe
 
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Replace the linears inside the model's blocks, and its ends, in place, as the recipe says; returns the model.
+    """Quantize the linears inside the model's blocks, and its ends, in place by the recipe; return the model.
 
-    What stays as it was is logged as a warning where it is much. Raises AfpqError for NaN or Inf weights, where nothing
-    is left to quantize, and for methods that need text.
+    Logs a warning if many weights stay as they were. Raises AfpqError for NaN or Inf weights, if nothing is left to
+    quantize, and for methods that need text.
     """
     if METHODS[recipe.method].calibrated:
         raise AfpqError(f"method {recipe.method!r} needs calibration text; use afpq.quantize, and load its result")
@@ -39,36 +41,21 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
             layer = AfpqLinear.from_weight(solved, linear.bias, linear.weight.dtype)
             layer.conv1d = isinstance(linear, TransposedLinear)
             replace_module(model, name, layer)
-    _quantize_ends(model, ends, recipe)
+
+    def quantize_end(name: str, module: nn.Module, scheme: Scheme) -> AfpqEmbedding | AfpqLinear:
+        solved = quantize_named(f"{name}.weight", module.get_parameter("weight"), scheme, recipe.search)
+        if isinstance(module, nn.Embedding):
+            return AfpqEmbedding.from_weight(solved, module)
+        assert isinstance(module, nn.Linear)
+        return AfpqLinear.from_weight(solved, module.bias)
+
+    replace_ends(model, ends, ends.schemes(recipe), quantize_end)
     warn_of_left(model, blocks)
     return model
 
 
-def _quantize_ends(model: nn.Module, ends: EmbeddingAndHead, recipe: Recipe) -> None:
-    schemes = ends.schemes(recipe)
-    for name, scheme in schemes.items():
-        module = model.get_submodule(name)
-        new: nn.Module
-        if isinstance(module, nn.Embedding):
-            new = AfpqEmbedding.from_weight(
-                quantize_named(f"{name}.weight", module.weight, scheme, recipe.search), module
-            )
-        elif ends.tied:
-            table = model.get_submodule(ends.embedding or "")
-            assert isinstance(module, nn.Linear) and isinstance(table, AfpqEmbedding)
-            new = AfpqTiedHead(table, module.bias)
-        else:
-            assert isinstance(module, nn.Linear)
-            new = AfpqLinear.from_weight(
-                quantize_named(f"{name}.weight", module.weight, scheme, recipe.search), module.bias
-            )
-            new.readable = False
-        replace_module(model, name, new)
-    untie(model, schemes)
-
-
 def model_bits(model: nn.Module) -> float:
-    """True bits per quantized weight of a model in memory; 0 if it has none."""
+    """Return the true bits per quantized weight of a model in memory; 0 if it has none."""
     layers = [m for m in model.modules() if isinstance(m, PackedModule) and not isinstance(m, AfpqTiedHead)]
     total = sum(tensor.nbytes for layer in layers for tensor in layer.packed().values())
     formats = [layer.scheme.format for layer in layers]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Which tensor of a checkpoint is which of the model: Transformers renames and merges many while it loads them.
+"""Map a checkpoint's tensor names to the model's: Transformers renames and merges many tensors while it loads them.
 
-Its own table of conversions is read: renamings as they are, and the merging of experts as the names that the experts'
-linears have before (`w1`, `w3` and `w2` in Mixtral's files, `gate_proj`, `up_proj` and `down_proj` in most others).
+Its own conversion table gives the renamings, and from each merge of experts the names that the experts' linears have in
+files (`w1`, `w3` and `w2` in Mixtral's, `gate_proj`, `up_proj` and `down_proj` in most others).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from afpq.model.experts import DOWN, GATED, NAMES, PLAIN
 class ExpertMerge:
     """Experts stored one by one that Transformers merges into one parameter.
 
-    `in_files` and `merged` are the names of the module of experts (the end of them), `leaves` its linears' names,
-    `parameter` what they become.
+    `in_files` and `merged` are the ends of the name of the module of experts, in files and in the model, `leaves` the
+    names of an expert's linears, `parameter` the merged one.
     """
 
     in_files: str
@@ -38,14 +38,14 @@ class ExpertMerge:
     parameter: str
 
     def in_model(self, name: str) -> str | None:
-        """The name of an expert's tensor, of any ending, once the experts are linears; None for other tensors."""
+        """Return the name of an expert's tensor once the experts are linears; None for other tensors."""
         leaves = "|".join(map(re.escape, self.leaves))
         match = re.search(rf"(?<!\w){re.escape(self.in_files)}\.(\d+\.(?:{leaves})\.\w+)$", name)
         return None if match is None else f"{name[: match.start()]}{self.merged}.{match[1]}"
 
 
 class TensorNames:
-    """The conversions that Transformers makes for a model, where they only rename, or merge experts."""
+    """The conversions of Transformers for a model that only rename tensors, or merge experts."""
 
     def __init__(self, model: nn.Module) -> None:
         conversions = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
@@ -53,19 +53,19 @@ class TensorNames:
         self.merges = [m for c in conversions if isinstance(c, WeightConverter) and (m := _merge_of(c)) is not None]
 
     def in_model(self, tensor: str) -> str:
-        """The model's name, where experts are linears, of a tensor of the checkpoint; perhaps without a prefix."""
+        """Return the model's name, with experts as linears, of a checkpoint's tensor; the prefix may be missing."""
         name: str = rename_source_key(tensor, self.renamings, [])[0]
         return next((found for merge in self.merges if (found := merge.in_model(name)) is not None), name)
 
     def leaves(self) -> tuple[str, ...]:
-        """What an expert's linears are called in the model's files: gate, up, down."""
+        """Return the names of an expert's linears in the model's files: gate, up, down."""
         inputs = next((m.leaves for m in self.merges if m.parameter in (GATED, PLAIN)), NAMES[:2])
         down = next((m.leaves for m in self.merges if m.parameter == DOWN), NAMES[2:])
         return (*(inputs if len(inputs) == 2 else (NAMES[0], *inputs)), *down)
 
 
 def _merge_of(converter: WeightConverter) -> ExpertMerge | None:
-    """A converter that stacks experts, gate before up, and does nothing else."""
+    """Return the merge of a converter that only stacks experts, gate before up; None for any other."""
     kinds = [type(operation) for operation in converter.operations]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or len(converter.target_patterns) != 1:
         return None

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Build a model's architecture on the meta device: module names and shapes without memory for weights.
+"""Build a model's architecture on the meta device: module names and shapes, no memory for weights.
 
-Every weight matrix is a linear in it: GPT-2's Conv1D is replaced by one, and fused experts are taken apart.
+Every weight matrix in it is a linear: GPT-2's Conv1D is replaced by one, and fused experts are split.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,32 +19,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from afpq.errors import AfpqError
 from afpq.model.unfuse import unfuse
 
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
+_PATCH = threading.RLock()  # held while nn.Module.register_parameter is replaced
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter created inside goes to the meta device as it is registered, before it is filled."""
-    register = nn.Module.register_parameter
+    """Inside, every parameter goes to the meta device as it is registered, before it is filled; buffers stay real.
+
+    This replaces `nn.Module.register_parameter` for the whole process: skeletons are built one at a time, under a lock,
+    but a model that another thread builds by other means meanwhile gets meta parameters too.
+    """
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with _PATCH:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def model_class(config: Any, trust_remote_code: bool = False) -> Any:
-    """What builds and loads the architecture that config.json names: its class, or the Auto class for it.
+    """Return the class that builds and loads the architecture that config.json names, or the Auto class for it.
 
-    Encoders, encoder-decoders and bare models have no Auto class in common. Where a config names no architecture of
-    Transformers, it is taken for a causal language model; where it names code of its own, and that is allowed, for
-    what the Auto class it is listed under makes of it.
+    Encoders, encoder-decoders and bare models have no common Auto class. A config that names no architecture of
+    Transformers counts as a causal language model; code of its own, if allowed, has the Auto class it is listed under.
     """
     name = (getattr(config, "architectures", None) or [""])[0]
     if trust_remote_code:
@@ -57,14 +63,14 @@ def model_class(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
-    """Transformers' object of config.json. Raises AfpqError where it cannot make one, or no machine could hold it."""
+    """Read config.json with Transformers. Raises AfpqError if that fails, or for more layers than MAX_LAYERS."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    except Exception as error:  # a config is foreign input: any class of Transformers may stumble over it its own way
+    except Exception as error:  # foreign input: any class of Transformers may raise anything
         raise _cannot_build(directory, error) from None
-    if isinstance(layers, int) and layers > MOST_LAYERS:  # building them one by one would take for ever
-        raise AfpqError(f"{directory / 'config.json'}: num_hidden_layers is {layers}; {MOST_LAYERS} are the most")
+    if isinstance(layers, int) and layers > MAX_LAYERS:  # building them one by one would not end
+        raise AfpqError(f"{directory / 'config.json'}: num_hidden_layers is {layers}; {MAX_LAYERS} are the most")
     return config
 
 
@@ -74,11 +80,10 @@ def _cannot_build(directory: Path, error: Exception) -> AfpqError:
 
 
 def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The architecture that config.json names, in evaluation mode: parameters on the meta device, buffers real.
+    """Build the architecture that config.json names, in evaluation mode: parameters on the meta device, buffers real.
 
-    Buffers such as rotary frequencies are computed, not loaded, so they must exist when the model is run.
-
-    Raises AfpqError where Transformers does not know it, or it needs code from the checkpoint that was not allowed.
+    Buffers such as rotary frequencies are computed, not loaded, so the model needs them to run. Raises AfpqError for an
+    architecture that Transformers lacks, or that needs code from the checkpoint that was not allowed.
     """
     config = read_config(directory, trust_remote_code)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where a tensor of a model lies in its checkpoint: a whole tensor of a file, or a part of one."""
+"""The place of a model's tensor in its checkpoint: a whole tensor of a file, or a part of one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Where a tensor of the model is: a tensor of the checkpoint, or a part of it.
+    """The part of a checkpoint's tensor that is a tensor of the model; without options all of it.
 
-    `expert` is an index of its first dimension, `rows` (start, stop, step) of the outputs, and `transposed` tells that
-    a matrix is stored as [in, out].
+    `expert` is an index of its first dimension, `rows` a (start, stop, step) of its outputs; `transposed`: the matrix
+    is stored as [in, out].
     """
 
     tensor: str
@@ -26,7 +26,7 @@ class TensorPart:
         return self.expert is None and self.rows is None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part, as [out, in] or [out]; a view."""
+        """Return the part, [out, in] or [out], as a view."""
         part = tensor if self.expert is None else tensor[self.expert]
         if self.transposed and part.ndim == 2:
             part = part.T

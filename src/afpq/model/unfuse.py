@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Turn every weight matrix inside a model into a linear: GPT-2's Conv1D, and experts kept in 3-D parameters."""
+"""Turn every weight matrix inside a model into a linear: GPT-2's Conv1D, and experts in 3-D parameters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from afpq.model.renamed_tensors import TensorNames
 def unfuse(model: nn.Module, chosen: Callable[[str], bool] = lambda _name: True) -> None:
     """Replace each Conv1D and each fused module of experts by linears, in place; the model's outputs stay.
 
-    Only where `chosen` says so of the linears' names. They hold views of the old parameters, on whatever device those
-    are. Raises AfpqError where `chosen` takes some of a module's experts and leaves others.
+    `chosen(name)` selects the linears. They hold views of the old parameters, on the same device. Raises AfpqError if
+    `chosen` selects only some of a module's experts.
     """
     for name, conv in conv1d_linears(model):
         if chosen(name):
