@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from families import FAMILIES
+from gradient_runs import CPU, WINDOWS, losses, save
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,19 +24,7 @@ from afpq.model.unfuse import unfuse
 from afpq.numerics.scheme import parse_scheme
 from afpq.recipe import Recipe
 
-WINDOWS = torch.randint(0, 240, (6, 24), generator=torch.Generator().manual_seed(0))
-CPU = torch.device("cpu")
 TRIED = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "OPT-350m", "Qwen3", "Falcon 7B", "Jamba")
-
-
-def save(name: str, directory: Path) -> Any:
-    """A random model of a family, saved; the model itself, its experts taken apart."""
-    family = FAMILIES[name]
-    kind = getattr(transformers, family.architecture)
-    torch.manual_seed(0)
-    model = kind(kind.config_class(**family.config)).eval()
-    model.save_pretrained(directory)
-    return model
 
 
 def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
@@ -59,15 +45,6 @@ def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
     for block in passes.backwards(3, listen):
         taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
     return taps
-
-
-def losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
-    """Of each window the sum of -log p(y), y drawn from the predictions p, through all of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    for window in WINDOWS:
-        logits = model(window[None], use_cache=False).logits[0].float()
-        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-        yield nn.functional.cross_entropy(logits, drawn, reduction="sum")
 
 
 def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor, list[float]]]:
