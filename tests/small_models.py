@@ -6,7 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from afpq import Recipe, parse_scheme
+from afpq.checkpoint.make_plan import make_plan
+from afpq.checkpoint.plan import Plan
+from afpq.checkpoint.reader import open_checkpoint
+from afpq.model.skeleton import build_skeleton
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -54,3 +60,24 @@ def save(model: PreTrainedModel, directory: Path) -> Path:
     """Save a model in float16; returns the directory."""
     model.to(torch.float16).save_pretrained(directory)
     return directory
+
+
+def plan_of(directory: Path, scheme: str = "nf4-asym-g64", **recipe: object) -> Plan:
+    """Plan the quantization of a checkpoint by a scheme; `recipe`: its other fields."""
+    made = Recipe(parse_scheme(scheme), **recipe)  # type: ignore[arg-type]
+    return make_plan(open_checkpoint(directory), build_skeleton(directory), made)
+
+
+SMALLEST = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 32,
+    "num_attention_heads": 2,
+}
+
+MOE = {**SMALLEST, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+def model_of(model_type: str, **changes: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**MOE, **changes}))  # type: ignore[no-any-return]
