@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small random models of some families, with an embedding and a head that are tied or apart."""
+"""Small random models of some families, and plans of their quantization."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.skeleton import build_skeleton
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-
 SIZES = {"vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, **NO_TOKENS}
-
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}
+SMALLEST = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+}  # fmt: skip
 
 
 def llama(tied: bool) -> PreTrainedModel:
@@ -68,16 +70,6 @@ def plan_of(directory: Path, scheme: str = "nf4-asym-g64", **recipe: object) -> 
     return make_plan(open_checkpoint(directory), build_skeleton(directory), made)
 
 
-SMALLEST = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "vocab_size": 32,
-    "num_attention_heads": 2,
-}
-
-MOE = {**SMALLEST, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-
-
 def model_of(model_type: str, **changes: object) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**MOE, **changes}))  # type: ignore[no-any-return]
+    """Build the smallest random model of a type, with experts where the type has them."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALLEST, **changes}))  # type: ignore[no-any-return]

@@ -4,47 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from gradient_runs import CPU, WINDOWS, losses, save
-from hypothesis import given
-from hypothesis import strategies as st
+from gradient_runs import losses, save
 from torch import Tensor, nn
 
-from afpq.calibration.backward import FloatModelPass, Listener
-from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
-from afpq.checkpoint.make_plan import make_plan
-from afpq.checkpoint.reader import open_checkpoint
-from afpq.model.blocks import Block
-from afpq.model.skeleton import build_skeleton
 from afpq.model.unfuse import unfuse
-from afpq.numerics.scheme import parse_scheme
-from afpq.recipe import Recipe
 
 TRIED = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "OPT-350m", "Qwen3", "Falcon 7B", "Jamba")
-
-
-def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
-    """What all linears saw, by full names, a block at a time."""
-    checkpoint, skeleton = open_checkpoint(directory), build_skeleton(directory)
-    plan = make_plan(checkpoint, skeleton, Recipe(parse_scheme("nf4-asym-g32-log8")))
-    passes = FloatModelPass(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
-    passes.forwards()
-    taps: dict[str, LinearStatistics] = {}
-    found: dict[str, LinearStatistics] = {}
-
-    def listen(block: Block) -> Listener:
-        found.clear()
-        wanted = {target.module for target in plan.block_targets}
-        names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears() if name in wanted]
-        return partial(listening, names, WINDOWS.shape, names, found)
-
-    for block in passes.backwards(3, listen):
-        taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
-    return taps
 
 
 def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor, list[float]]]:
@@ -88,24 +57,3 @@ def test_a_block_at_a_time_is_the_whole_model(tmp_path: Path, family: str) -> No
         if "experts" not in name:
             assert tap.growth.tolist() == pytest.approx(growth, rel=1e-2, abs=1e-3 * max(1, *map(abs, growth))), name
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_linears_that_read_the_same_tensor_know_each_other(tmp_path: Path) -> None:
-    save("Llama", tmp_path / "model")
-    taps = walk(tmp_path / "model", tmp_path)
-    attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
-    assert taps["model.layers.1.self_attn.k_proj"].readers == attention
-    assert taps["model.layers.0.mlp.up_proj"].readers == ("mlp.gate_proj", "mlp.up_proj")
-    assert taps["model.layers.0.mlp.down_proj"].readers == ("mlp.down_proj",)
-
-
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), width=st.integers(1, 12))
-def test_a_gram_is_the_same_by_tokens_or_summed(sizes: list[int], width: int) -> None:
-    parts = [torch.randn(size, width) for size in sizes]
-    gram, x, E = SecondMoment(), torch.cat(parts), torch.randn(3, width)
-    for part in parts:
-        gram.add(part)
-    assert gram.tokens == len(x) and (gram.H is None) == (len(x) <= width)
-    assert torch.allclose(gram.diagonal(), x.square().sum(0), atol=1e-4)
-    F = torch.randn(3, width)
-    assert torch.allclose(gram.product(E, F), ((x @ E.T) * (x @ F.T)).sum(0), rtol=1e-3, atol=1e-3)
