@@ -73,3 +73,16 @@ def plan_of(directory: Path, scheme: str = "nf4-asym-g64", **recipe: object) -> 
 def model_of(model_type: str, **changes: object) -> PreTrainedModel:
     """Build the smallest random model of a type, with experts where the type has them."""
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALLEST, **changes}))  # type: ignore[no-any-return]
+
+
+def bert() -> PreTrainedModel:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(**WIDE))
+
+
+def t5() -> PreTrainedModel:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, tie_word_embeddings=True)
+    return T5ForConditionalGeneration(config)

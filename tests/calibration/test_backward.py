@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradient_runs import losses, save
+from gradient_runs import losses, save, walk
 from torch import Tensor, nn
 
 from afpq.model.unfuse import unfuse

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import WIDE, gemma2, gpt2, llama, opt, save
+from small_models import bert, gemma2, gpt2, llama, opt, save, t5
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -187,19 +187,6 @@ def test_a_table_stored_under_the_heads_name_only_is_an_error(tmp_path: Path) ->
         quantize(directory, tmp_path / "out", lm_head=True)
 
 
-def bert() -> PreTrainedModel:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(**WIDE))
-
-
-def t5() -> PreTrainedModel:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, tie_word_embeddings=True)
-    return T5ForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -219,12 +206,6 @@ def test_what_cannot_be_is_an_error(
     with pytest.raises(AfpqError, match=words):
         quantize(directory, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_head_to_pack_and_not_to_convert_is_an_error(tiny_model_dir: Path) -> None:
-    config = AfpqConfig(lm_head="same", modules_to_not_convert=["lm_head"])
-    with pytest.raises(AfpqError, match="lm_head"):
-        load(tiny_model_dir, quantization_config=config)
 
 
 @pytest.mark.parametrize("end", ["embed_tokens.qweight", "embed_tokens.scales"])
