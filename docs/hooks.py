@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""What mkdocs does beside building pages: tables of the commands' options, and a check that pages stay at home.
+"""What mkdocs does beyond building pages: tables of the commands' options, the list of modules, and a check that pages
+fetch nothing from other servers.
 
-`<!-- options: NAME -->` in a page becomes the table of that command, made from the command line itself.
+`<!-- options: NAME -->` in a page becomes the table of that command, made from the command line itself;
+`<!-- modules -->` the rooms of the code with the reference of their modules (`rooms.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("mkdocs.hooks.afpq")  # a warning fails `mkdocs build --strict`
+MODULES = "<!-- modules -->"
 PLACE = re.compile(r"<!-- options: (\S+) -->")
 # What a browser fetches by itself: sources, style sheets, fonts, imports; not links, which wait for a click.
 FETCHED = re.compile(
@@ -26,7 +30,12 @@ _SEVERAL = re.compile(r"<list\[(\w+)\]>")  # an option that may be repeated
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the tables of options in their places."""
+    """Puts the tables of options and the list of modules in their places."""
+    if MODULES in markdown:
+        sys.path.append(str(Path(__file__).parent))
+        from rooms import modules_page
+
+        markdown = markdown.replace(MODULES, modules_page())
     return PLACE.sub(lambda found: command_table(found[1]), markdown)
 
 

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
+from rooms import PICTURE, ROOMS, afpq_imports, module_of, module_texts, room_of, rooms_svg
+
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "afpq"
 
-# Folders and the files beside them, in reading order: each imports only itself and what comes before it. Inside a room
-# files may import each other as long as there is no circle.
-ROOMS = [
-    "errors", "version", "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint", "calibration",
-    "integrations", "evaluation", "demo", "jobs", "comparison", "api", "__init__", "commands", "cli", "__main__",
-]  # fmt: skip
 MAX_IN_ROOT = 8
 
 OPTIONAL = {
@@ -71,38 +69,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 
-def module_of(file: Path, root: Path = SOURCE) -> str:
-    """`algorithms/rtn.py` -> algorithms.rtn, `kernels/__init__.py` -> kernels, `__init__.py` -> __init__."""
-    parts = file.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
 MODULES = [module_of(file) for file in FILES]
 
 
-def room_of(module: str) -> str:
-    """The first part of a module's name."""
-    return module.partition(".")[0]
-
-
-def afpq_imports(text: str, modules: list[str]) -> Iterator[str]:
-    """Every module of `modules` that a file with this text imports, also inside functions."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
-            # `from a import b` means the module a.b where there is one, else a name in the module a
-            longer = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [n if n.removeprefix("afpq.") in modules else str(node.module) for n in longer]
-        else:
-            continue
-        for name in names:
-            if name.split(".")[0] == "afpq":
-                yield name.removeprefix("afpq.") if name != "afpq" else "__init__"
-
-
-def upward_imports(texts: dict[str, str], rooms: list[str]) -> list[str]:
+def upward_imports(texts: dict[str, str], rooms: Sequence[str]) -> list[str]:
     """One line for every import from a room that does not come before the file's own; `texts` are by module."""
     return [
         f"{module} imports {imported}"
@@ -168,6 +138,11 @@ def runs_what_it_reads(text: str) -> bool:
     return bool(called & RUNS_DATA or imported_packages(ast.walk(tree)) & UNSAFE_PACKAGES or allows)
 
 
+def name_of_tests(file: Path) -> str:
+    """`tests/kernels/test_cpu.py` -> kernels.test_cpu."""
+    return ".".join(file.relative_to(TESTS).with_suffix("").parts)
+
+
 def about(test: str) -> str:
     """kernels.test_cpu -> kernels.cpu: the module that a module of tests is named after."""
     room, _, name = test.rpartition(".")
@@ -177,7 +152,7 @@ def about(test: str) -> str:
 def modules_and_tests() -> tuple[set[str], set[str]]:
     """(modules that need tests of their name, modules of tests that need a file of theirs); no `__init__`."""
     inside = {module_of(file) for file in FILES if file.parent != SOURCE and file.name != "__init__.py"}
-    return inside, {module_of(file, TESTS) for file in TEST_FILES if file.name.startswith("test_")} - OF_MANY
+    return inside, {name_of_tests(file) for file in TEST_FILES if file.name.startswith("test_")} - OF_MANY
 
 
 def imported_tests(text: str) -> set[str]:
@@ -191,17 +166,13 @@ def imported_tests(text: str) -> set[str]:
     return {name for name in found if any(part.startswith("test_") for part in name.split(".")[:2])}
 
 
-def texts() -> dict[str, str]:
-    return {module_of(file): file.read_text("utf-8") for file in FILES}
-
-
 def test_every_room_has_its_place() -> None:
     assert sorted(ROOMS) == sorted({room_of(module) for module in MODULES})
     assert len(list(SOURCE.glob("*.py"))) <= MAX_IN_ROOT
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
-    assert upward_imports(texts(), ROOMS) == []
+    assert upward_imports(module_texts(), ROOMS) == []
 
 
 def test_every_file_has_tests_of_its_name() -> None:
@@ -219,12 +190,12 @@ def test_the_lists_of_exceptions_hold_no_more_than_they_must() -> None:
     modules, tests = modules_and_tests()
     assert modules & MISSING - {about(test) for test in tests} == MISSING
     assert tests & STRAY == STRAY
-    assert {module_of(file, TESTS) for file in TEST_FILES} >= OF_MANY
+    assert {name_of_tests(file) for file in TEST_FILES} >= OF_MANY
 
 
 def test_no_file_imports_a_module_of_tests() -> None:
     """What tests share stands in a module that holds no tests."""
-    found = {module_of(file, TESTS): imported_tests(file.read_text("utf-8")) for file in TEST_FILES}
+    found = {name_of_tests(file): imported_tests(file.read_text("utf-8")) for file in TEST_FILES}
     assert {importer: imported for importer, imported in found.items() if imported} == {}
 
 
@@ -236,7 +207,7 @@ def test_the_checks_of_tests_work() -> None:
 
 
 def test_no_circles() -> None:
-    assert circle(texts()) == []
+    assert circle(module_texts()) == []
 
 
 @pytest.mark.parametrize(
@@ -269,6 +240,10 @@ def test_every_module_has_a_name_of_its_own() -> None:
     """`rows` says where to look; two of them would not."""
     names = [module.rpartition(".")[2] for module in MODULES if module not in ROOMS]
     assert sorted(names) == sorted(set(names))
+
+
+def test_the_picture_shows_the_code_as_it_is() -> None:
+    assert PICTURE.read_text("utf-8") == rooms_svg(), "run python docs/rooms.py"
 
 
 def test_a_room_says_in_one_sentence_what_it_is() -> None:

@@ -11,6 +11,7 @@ from afpq.jobs.prepare import CalibrationSettings
 from afpq.kernels import set_compute
 from afpq.model.embedding import AfpqEmbedding
 from afpq.model.linear import AfpqLinear
+from afpq.moved import keep_old_names
 from afpq.numerics.formats import Format, custom_format, parse_format
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.scheme import Scheme, parse_scheme
@@ -37,3 +38,5 @@ __all__ = [
     "quantize",
     "set_compute",
 ]
+
+keep_old_names()
