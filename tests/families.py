@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+import afpq
+from afpq import GptqOptions
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -253,6 +259,31 @@ def slow_but_for(quick: Collection[str], without: Collection[str]) -> list[Any]:
     """All families but some, for parametrize; those that are not `quick` are of the slow stage."""
     names = [name for name in FAMILIES if name not in without]
     return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+CHEAP_TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(600))
+
+# Cheap settings: what is tested here is the way through a model, not the figures.
+CHEAP = {
+    "text": CHEAP_TEXT,
+    "settings": afpq.CalibrationSettings(samples=4, seq_len=16),
+    "gptq": GptqOptions(sweeps=0, order="none"),
+    "scale_search": "absmax",
+}
+
+
+def random_model(family: Family) -> Any:
+    """With norms and biases that are no ones and zeros either, so that none can be overlooked."""
+    architecture = getattr(transformers, family.architecture, None)
+    if architecture is None or Version(transformers.__version__) < Version(family.since):
+        pytest.skip(f"this Transformers has no {family.architecture}")
+    torch.manual_seed(0)
+    model = architecture(architecture.config_class(**family.config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and "A_log" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Cli
+from command_line import cli as cli  # the fixture
 from conftest import ModelMaker
-from test_cli import Cli
-from test_cli import cli as cli  # the fixture
 
 from afpq import AfpqError, CalibrationSettings, quantize
 from afpq.calibration.hidden_states import Activations

@@ -13,14 +13,13 @@ import pytest
 import torch
 import transformers
 from conftest import save_tokenizer
-from families import FAMILIES, TABLE, Family, table_text
-from packaging.version import Version
+from families import CHEAP, FAMILIES, TABLE, Family, random_model, table_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import afpq
-from afpq import AfpqConfig, AfpqError, AfpqLinear, GptqOptions
+from afpq import AfpqConfig, AfpqError, AfpqLinear
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import WEIGHTS
@@ -31,14 +30,6 @@ from afpq.numerics.packing import from_tensors, layout
 SCHEME = "nf4-asym-g32-log8"
 KEYS = {"format": "nf4", "group_size": 32}
 IDS = torch.arange(3, 243, 5).view(2, 24) % 240
-TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(600))
-# Cheap settings: what is tested here is the way through a model, not the figures.
-CHEAP = {
-    "text": TEXT,
-    "settings": afpq.CalibrationSettings(samples=4, seq_len=16),
-    "gptq": GptqOptions(sweeps=0, order="none"),
-    "scale_search": "absmax",
-}
 QUICK = ("Llama", "Phi-3", "OPT-350m", "Falcon 40B", "Mamba", "BERT, no head", "T5")  # calibrated in every run
 CALIBRATED = ("gptq", "awq")
 
@@ -89,20 +80,6 @@ def rounded(original: Callable[[str], Path]) -> Callable[[str], tuple[Plan, Path
         return made[name]
 
     return make
-
-
-def random_model(family: Family) -> Any:
-    """With norms and biases that are no ones and zeros either, so that none can be overlooked."""
-    architecture = getattr(transformers, family.architecture, None)
-    if architecture is None or Version(transformers.__version__) < Version(family.since):
-        pytest.skip(f"this Transformers has no {family.architecture}")
-    torch.manual_seed(0)
-    model = architecture(architecture.config_class(**family.config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and "A_log" not in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def plain(directory: Path, family: Family, dtype: Any = torch.float32, **options: Any) -> Any:

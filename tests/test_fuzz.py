@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernels.test_csrc import AVX2, COMPILER
+from native_build import AVX2, COMPILER
 from safetensors.torch import load_file, save_file
 
 from afpq import AfpqError

@@ -33,8 +33,40 @@ FORBIDDEN = {
     "kernels": {"transformers", "safetensors", "huggingface_hub"},
 }
 MAX_LINES = 350
+# Tests are found by the name of the file they are about; these are about more than one, or about none.
+OF_MANY = {
+    "test_api", "test_bench_peers", "test_cli", "test_crossings", "test_disks", "test_docs", "test_families",
+    "test_fuzz", "test_layers", "test_learned", "test_lora_example", "test_mixtures", "test_reproduce_paper",
+    "test_security", "kernels.test_csrc",
+}  # fmt: skip
+MISSING = {
+    "algorithms.coordinate_descent",
+    "algorithms.float_target",
+    "algorithms.solver_options",
+    "calibration.solve_layer",
+    "commands.console",
+    "commands.evaluate",
+    "commands.inspect",
+    "commands.options",
+    "commands.quantize",
+    "comparison.charts",
+    "comparison.html_page",
+    "comparison.report",
+    "comparison.rows",
+    "comparison.tasks",
+    "evaluation.tables",
+    "jobs.estimate",
+    "jobs.execute",
+    "jobs.prepare",
+    "kernels.gpu_tiles",
+    "kernels.operands",
+    "kernels.reference",
+    "kernels.triton_kernels",
+}  # fmt: skip  (files without a test of their name)
+STRAY = {"kernels.test_kernels"}  # tests without a file of their name
 
 FILES = sorted(SOURCE.rglob("*.py"))
+TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 
 MODULES = [module_of(file) for file in FILES]
@@ -106,6 +138,34 @@ def runs_what_it_reads(text: str) -> bool:
     return bool(called & RUNS_DATA or imported_packages(ast.walk(tree)) & UNSAFE_PACKAGES or allows)
 
 
+def name_of_tests(file: Path) -> str:
+    """`tests/kernels/test_cpu.py` -> kernels.test_cpu."""
+    return ".".join(file.relative_to(TESTS).with_suffix("").parts)
+
+
+def about(test: str) -> str:
+    """kernels.test_cpu -> kernels.cpu: the module that a module of tests is named after."""
+    room, _, name = test.rpartition(".")
+    return f"{room}.{name}".removeprefix(".").replace("test_", "", 1)
+
+
+def modules_and_tests() -> tuple[set[str], set[str]]:
+    """(modules that need tests of their name, modules of tests that need a file of theirs); no `__init__`."""
+    inside = {module_of(file) for file in FILES if file.parent != SOURCE and file.name != "__init__.py"}
+    return inside, {name_of_tests(file) for file in TEST_FILES if file.name.startswith("test_")} - OF_MANY
+
+
+def imported_tests(text: str) -> set[str]:
+    """The modules of tests that a file imports, by any of their names."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if any(part.startswith("test_") for part in name.split(".")[:2])}
+
+
 def test_every_room_has_its_place() -> None:
     assert sorted(ROOMS) == sorted({room_of(module) for module in MODULES})
     assert len(list(SOURCE.glob("*.py"))) <= MAX_IN_ROOT
@@ -113,6 +173,37 @@ def test_every_room_has_its_place() -> None:
 
 def test_rooms_import_only_rooms_before_them() -> None:
     assert upward_imports(module_texts(), ROOMS) == []
+
+
+def test_every_file_has_tests_of_its_name() -> None:
+    modules, tests = modules_and_tests()
+    assert modules - {about(test) for test in tests} - MISSING == set()
+
+
+def test_tests_are_named_after_the_file_they_are_about() -> None:
+    modules, tests = modules_and_tests()
+    root = {module_of(file) for file in SOURCE.glob("*.py")}
+    assert {test for test in tests if about(test) not in modules | root} - STRAY == set()
+
+
+def test_the_lists_of_exceptions_hold_no_more_than_they_must() -> None:
+    modules, tests = modules_and_tests()
+    assert modules & MISSING - {about(test) for test in tests} == MISSING
+    assert tests & STRAY == STRAY
+    assert {name_of_tests(file) for file in TEST_FILES} >= OF_MANY
+
+
+def test_no_file_imports_a_module_of_tests() -> None:
+    """What tests share stands in a module that holds no tests."""
+    found = {name_of_tests(file): imported_tests(file.read_text("utf-8")) for file in TEST_FILES}
+    assert {importer: imported for importer, imported in found.items() if imported} == {}
+
+
+def test_the_checks_of_tests_work() -> None:
+    assert (about("kernels.test_cpu"), about("test_recipe")) == ("kernels.cpu", "recipe")
+    assert imported_tests("from kernels.test_cpu import a") and imported_tests("def f():\n    import test_cli")
+    assert imported_tests("from kernels import test_cpu") == {"kernels.test_cpu"}
+    assert not imported_tests("from small_models import save\nimport pytest")
 
 
 def test_no_circles() -> None:

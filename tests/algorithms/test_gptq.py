@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_problem import problem
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,15 +28,6 @@ CASES = [
     for sym in ("sym", "asym")
     for group in (64, 128, -1)
 ]
-
-
-def problem(rows: int = 24, columns: int = 96, tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(W, X, H) with correlated inputs of very different sizes, as in real models."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    sizes = torch.exp(torch.randn(columns, generator=generator))
-    X = torch.randn(tokens, columns, generator=generator) @ mix * sizes
-    return torch.randn(rows, columns, generator=generator) * 0.02, X, X.T @ X
 
 
 def output_error(Q: Tensor, W: Tensor, X: Tensor) -> float:

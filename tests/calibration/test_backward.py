@@ -3,74 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from families import FAMILIES
-from hypothesis import given
-from hypothesis import strategies as st
+from gradient_runs import CPU, losses, save, walk
 from torch import Tensor, nn
 
-from afpq.calibration.backward import FloatModelPass, GradientHook, step_back
+from afpq.calibration.backward import step_back
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations
-from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, recording
-from afpq.checkpoint.make_plan import make_plan
-from afpq.checkpoint.reader import open_checkpoint
 from afpq.errors import AfpqError
-from afpq.model.blocks import Block
-from afpq.model.skeleton import build_skeleton
 from afpq.model.unfuse import unfuse
-from afpq.numerics.scheme import parse_scheme
-from afpq.recipe import Recipe
 
-WINDOWS = torch.randint(0, 240, (6, 24), generator=torch.Generator().manual_seed(0))
-CPU = torch.device("cpu")
 TRIED = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "OPT-350m", "Qwen3", "Falcon 7B", "Jamba")
-
-
-def save(name: str, directory: Path) -> Any:
-    """A random model of a family, saved; the model itself, its experts taken apart."""
-    family = FAMILIES[name]
-    kind = getattr(transformers, family.architecture)
-    torch.manual_seed(0)
-    model = kind(kind.config_class(**family.config)).eval()
-    model.save_pretrained(directory)
-    return model
-
-
-def walk(directory: Path, scratch: Path) -> dict[str, LinearStatistics]:
-    """What all linears saw, by full names, a block at a time."""
-    checkpoint, skeleton = open_checkpoint(directory), build_skeleton(directory)
-    plan = make_plan(checkpoint, skeleton, Recipe(parse_scheme("nf4-asym-g32-log8")))
-    passes = FloatModelPass(plan, skeleton, WINDOWS, scratch, CPU, lambda *_: None)
-    passes.forwards()
-    taps: dict[str, LinearStatistics] = {}
-    found: dict[str, LinearStatistics] = {}
-
-    def hook_for(block: Block) -> GradientHook:
-        found.clear()
-        wanted = {target.module for target in plan.block_targets}
-        names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears() if name in wanted]
-        return partial(recording, names, WINDOWS.shape, names, found)
-
-    for block in passes.backwards(3, hook_for):
-        taps |= {f"{block.name}.{name}": tap for name, tap in found.items()}
-    return taps
-
-
-def losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
-    """Of each window the sum of -log p(y), y drawn from the predictions p, through all of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    for window in WINDOWS:
-        logits = model(window[None], use_cache=False).logits[0].float()
-        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-        yield nn.functional.cross_entropy(logits, drawn, reduction="sum")
 
 
 def whole(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor, list[float]]]:
@@ -114,27 +62,6 @@ def test_a_block_at_a_time_is_the_whole_model(tmp_path: Path, family: str) -> No
         if "experts" not in name:
             assert tap.growth.tolist() == pytest.approx(growth, rel=1e-2, abs=1e-3 * max(1, *map(abs, growth))), name
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_linears_that_read_the_same_tensor_know_each_other(tmp_path: Path) -> None:
-    save("Llama", tmp_path / "model")
-    taps = walk(tmp_path / "model", tmp_path)
-    attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
-    assert taps["model.layers.1.self_attn.k_proj"].readers == attention
-    assert taps["model.layers.0.mlp.up_proj"].readers == ("mlp.gate_proj", "mlp.up_proj")
-    assert taps["model.layers.0.mlp.down_proj"].readers == ("mlp.down_proj",)
-
-
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), width=st.integers(1, 12))
-def test_a_gram_is_the_same_by_tokens_or_summed(sizes: list[int], width: int) -> None:
-    parts = [torch.randn(size, width) for size in sizes]
-    gram, x, E = SecondMoment(), torch.cat(parts), torch.randn(3, width)
-    for part in parts:
-        gram.add(part)
-    assert gram.tokens == len(x) and (gram.H is None) == (len(x) <= width)
-    assert torch.allclose(gram.diagonal(), x.square().sum(0), atol=1e-4)
-    F = torch.randn(3, width)
-    assert torch.allclose(gram.product(E, F), ((x @ E.T) * (x @ F.T)).sum(0), rtol=1e-3, atol=1e-3)
 
 
 class Failing(torch.autograd.Function):

@@ -9,50 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from block_runs import CONFIGS, ids, stored, tiny
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-)
 
 from afpq.calibration.capture import advance, capture, materialize
-from afpq.calibration.hidden_states import Activations, batch_size
-from afpq.calibration.stages import collect, find_stages, input_of
+from afpq.calibration.hidden_states import Activations
 from afpq.errors import AfpqError
 from afpq.model.blocks import find_blocks
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {"vocab_size": 99, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
-GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**GATED),
-    "gemma2": Gemma2Config(**GATED, sliding_window=4),  # two kinds of masks in turn
-    "opt": OPTConfig(**{**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt-neox": GPTNeoXConfig(**{**SMALL, "intermediate_size": 48}),
-    "falcon": FalconConfig(**SMALL),
-    "bloom": BloomConfig(**SMALL),
-}
-
-
-def tiny(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()  # type: ignore[no-any-return]
-
-
-def ids(count: int = 4, length: int = 12) -> Tensor:
-    return torch.randint(99, (count, length), generator=torch.Generator().manual_seed(1))
-
-
-def stored(path: Path, value: Tensor) -> Activations:
-    states = Activations(path, tuple(value.shape), create=True)
-    states.tensor[:] = value
-    return states
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -75,42 +40,6 @@ def test_block_by_block_equals_the_whole_model(name: str, tmp_path: Path) -> Non
         following = Activations(tmp_path / str(index + 1), (4, 12, 32), create=True)
         advance(block.module, call, states, following, CPU)
         states = following
-
-
-@torch.no_grad()
-def test_stages_are_the_linears_that_read_one_tensor(tmp_path: Path) -> None:
-    model, windows = tiny("llama"), ids()
-    block = find_blocks(model)[0]
-    first: list[Tensor] = []
-    call = capture(model, find_blocks(model), windows, lambda *state: first.append(state[2]))[block.name]
-    names = [name.removeprefix(f"{block.name}.") for name, _ in block.linears()]
-    stages = find_stages(block.module, names, call, first[0])
-    attention, mlp = "self_attn.", "mlp."
-    assert [set(stage.linears) for stage in stages] == [
-        {attention + "q_proj", attention + "k_proj", attention + "v_proj"},
-        {attention + "o_proj"},
-        {mlp + "gate_proj", mlp + "up_proj"},
-        {mlp + "down_proj"},
-    ]
-    # The moments are those of what the linear really reads.
-    seen: list[Tensor] = []
-    handle = block.module.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    call(block.module, first[0])
-    handle.remove()
-    x = seen[0].flatten(0, 1).double()
-    assert torch.allclose(input_of(block.module, "mlp.down_proj", call, first[0]).double(), x)
-    states, shifted = stored(tmp_path / "a", first[0]), stored(tmp_path / "b", first[0] * 1.1)
-    moments = collect(stages[3], call, block.module, states, block.module, shifted, CPU)
-    assert moments.tokens == 48 and torch.allclose(moments.H.double(), x.T @ x, rtol=1e-4, atol=1e-5)
-    f = input_of(block.module, "mlp.down_proj", call, first[0] * 1.1).double()
-    assert moments.D is not None and torch.allclose(moments.D.double(), x.T @ (f - x), rtol=1e-3, atol=1e-5)
-
-
-def test_batches_divide_the_windows() -> None:
-    for windows in (1, 7, 12, 128):
-        for length in (5, 512, 2048, 10_000):
-            size = batch_size(windows, length)
-            assert windows % size == 0 and (size == 1 or size * length <= 4096)
 
 
 class Chain(nn.Module):

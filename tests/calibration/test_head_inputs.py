@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tokenizer
-from model.test_embedding_and_head import gemma2, llama, opt, save
 from safetensors.torch import load_file
+from small_models import gemma2, llama, opt, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

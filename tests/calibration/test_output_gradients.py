@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibration.test_backward import CPU, WINDOWS, losses, save
 from conftest import save_tokenizer
 from families import slow_but_for
+from gradient_runs import CPU, WINDOWS, losses, save
 from torch import Tensor, nn
 
 import afpq

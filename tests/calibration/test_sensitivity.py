@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration.test_backward import WINDOWS, save
+from gradient_runs import WINDOWS, save
 from torch import Tensor
 
 from afpq.algorithms import quantize_gptq, quantize_guided, quantize_rtn

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from afpq.checkpoint.work_directory import JOURNAL, work_directory
+from afpq.checkpoint.work_directory import JOURNAL, WorkDirectory, work_directory
 from afpq.errors import AfpqError
 
 PRINT = {"model": "a", "setting": "b", "text": "c"}
@@ -112,3 +114,106 @@ def test_a_full_disk_in_the_middle_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(AfpqError, match="No space left"), work_directory(tmp_path / "out", 0, PRINT, True):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not (tmp_path / "out").exists()
+
+
+@contextlib.contextmanager
+def working(out: Path, recipe: str = "a") -> Iterator[WorkDirectory]:
+    with work_directory(out, 10, {"recipe": recipe}, resume=True) as work:
+        yield work
+
+
+def contents(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError, AfpqError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_error_inside_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        with working(tmp_path / "out") as work:
+            (work.path / "deep").mkdir()
+            (work.path / "deep" / "file").write_text("x")
+            raise error("stop")
+    assert contents(tmp_path) == []
+
+
+def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(AfpqError, match="out"):
+        with working(tmp_path / "out"):
+            pytest.fail("must not start")
+    assert (tmp_path / "out").read_text() == "x"
+
+
+def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with working(tmp_path / "out") as work:
+        (work.path / "file").write_text("x")
+    assert contents(tmp_path / "out") == ["file"]
+
+
+def killed(out: Path, units: list[str]) -> Path:
+    """What a run leaves that is killed after these units: nothing of it is cleaned up. Returns its directory."""
+    work = WorkDirectory(out, {"recipe": "a"}, resume=True)
+    for unit in units:
+        (work.path / unit).write_text("x")
+        work.finish(unit, [{"layer": unit}])
+    os.close(work.lock._file)  # as the kernel does
+    return work.path
+
+
+def test_a_run_killed_before_its_first_unit_is_begun_again(tmp_path: Path) -> None:
+    (killed(tmp_path / "out", []) / "stale").write_text("x")
+    with working(tmp_path / "out", recipe="b") as work:
+        assert work.finished == {}
+        (work.path / "file").write_text("x")
+    assert contents(tmp_path / "out") == ["file"]
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    killed(tmp_path / "out", ["one", "two"])
+    with working(tmp_path / "out") as work:
+        assert work.finished == {"one": [{"layer": "one"}], "two": [{"layer": "two"}]}
+        (work.path / "three").write_text("x")
+        work.finish("three", [])
+    assert contents(tmp_path) == ["out"]
+    assert contents(tmp_path / "out") == ["one", "three", "two"]
+
+
+def test_a_journal_cut_anywhere_tells_only_finished_units(tmp_path: Path) -> None:
+    path = killed(tmp_path / "out", ["one", "two"])
+    (journal,) = path.glob("*.jsonl")
+    whole = journal.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]  # of the head, of one, of two
+    for length in range(len(whole) + 1):
+        for tail in (b"", b"\0\0\0"):  # a crash of the machine may leave zeros
+            path.mkdir(exist_ok=True)
+            journal.write_bytes(whole[:length] + tail)
+            work = WorkDirectory(tmp_path / "out", {"recipe": "a"}, resume=True)
+            work.lock.release(path)
+            assert list(work.finished) == ["one", "two"][: sum(length >= end for end in ends[1:])]
+
+
+@pytest.mark.parametrize("place", ["file/out", "a" * 250, "a" * 300, "void"])
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "void").symlink_to(tmp_path / "nowhere" / "deep")
+    with pytest.raises(AfpqError, match=place[:60]):
+        with working(tmp_path / place):
+            pass
+    assert contents(tmp_path) == ["file", "void"]
+
+
+@pytest.mark.parametrize("place", ["", "."])
+def test_the_working_directory_is_filled_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    try:
+        with working(Path(place)) as work:
+            (work.path / "file").write_text("x")
+    except AfpqError:
+        assert contents(tmp_path / "here") == []
+    else:
+        assert contents(tmp_path / "here") == ["file"]
+    assert contents(tmp_path) == ["here"]

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import Cli, assert_refused, read_json
-from test_cli import cli as cli  # the fixture
+from command_line import Cli, assert_refused, read_json
+from command_line import cli as cli  # the fixture
 
 TEXT = "The quick brown fox jumps over the lazy dog; größer als nötig.\n" * 6
 SMALL = ("--seq-len", "32", "--max-tokens", "128", "--samples", "4")

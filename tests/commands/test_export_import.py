@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from bnb_layout import Layout, convert
+from command_line import Cli, assert_refused, finish, read_json, start
+from command_line import cli as cli  # the fixture
+from command_line import packed as packed
 from safetensors.torch import load_file, save_file
-from test_cli import Cli, assert_refused, finish, read_json, start
-from test_cli import cli as cli  # the fixture
-from test_cli import packed as packed
 
 from afpq.checkpoint.reader import WEIGHTS
 

@@ -28,12 +28,12 @@ def test_cells_round_the_figures() -> None:
 
 
 def test_the_table_is_markdown() -> None:
-    lines = markdown_table(ROWS).splitlines()
-    assert len(lines) == 2 + len(ROWS)
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert table[0] == list(HEADER)
-    assert set(table[1]) == {"---", "---:"}
-    assert [tuple(line) for line in table[2:]] == [cells(row) for row in ROWS]
+    assert markdown_table(ROWS[:2]) == (
+        "| scheme | bits/weight | size MB | perplexity | KL x 1000 | top-1 % |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| float16 | 16.000 | 5.20 | 12.35 ±0.12 |  |  |\n"
+        "| nf3-sym-g128 | 3.125 | 1.10 | 15.50 ±0.25 | 123.4 ±4.2 | 81.2 |\n"
+    )
 
 
 def test_a_report_is_written_whole(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from afpq import AfpqError, CalibrationSettings
 from afpq.evaluation.devices import find_device
 
 
-def test_auto_takes_the_gpu_where_there_is_one() -> None:
-    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.mark.parametrize(("there", "kind"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool, kind: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))  # there need not be a GPU here
+    assert find_device("auto").type == CalibrationSettings().torch_device().type == kind
     assert find_device("cpu") == CalibrationSettings(device="cpu").torch_device() == torch.device("cpu")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from afpq.evaluation import memory
 
@@ -41,5 +42,9 @@ def test_half_of_the_machine_where_no_one_tells(machine: Path, monkeypatch: pyte
     assert memory.available_memory() == 0
 
 
-def test_this_machine_has_some() -> None:
-    assert memory.available_memory() > 10_000_000
+@pytest.mark.parametrize(("on_the_gpu", "free"), [(1000, 1000), (99_000_000, 8_192_000)])
+def test_a_gpu_takes_no_more_than_there_is_to_load_it_from(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, on_the_gpu: int, free: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (on_the_gpu, 10**12))
+    assert memory.available_device_memory(torch.device("cuda")) == free

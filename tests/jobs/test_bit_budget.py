@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibration.test_backward import save
 from conftest import save_tokenizer
 from families import slow_but_for
+from gradient_runs import save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tokenizer
+from families import CHEAP, FAMILIES, random_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -117,9 +118,6 @@ def test_a_model_that_is_the_original_stays(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize("family", ["GPT-2", "Gemma 2", "Mixtral", "GPT-NeoX", "OPT"])
 def test_families(tmp_path: Path, family: str) -> None:
     """Layer norms and biases, soft caps, experts: whatever a model is made of; from directory to directory."""
-    from families import FAMILIES
-    from test_families import CHEAP, random_model
-
     random_model(FAMILIES[family]).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     options = {**CHEAP, "settings": afpq.CalibrationSettings(samples=16, seq_len=24)}

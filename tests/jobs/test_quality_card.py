@@ -14,7 +14,6 @@ from huggingface_hub.repocard import metadata_load
 
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme
-from afpq.checkpoint.card_header import licence_of
 from afpq.checkpoint.reader import CARD
 from afpq.evaluation.perplexity import Evaluation
 from afpq.jobs.card_sample import CardFigures, CardText
@@ -104,24 +103,6 @@ def test_without_matplotlib_the_table_is_enough(
     afpq.quantize(tiny_model_dir, tmp_path / "out")
     assert not (tmp_path / "out" / PICTURE).exists()
     assert PICTURE not in (tmp_path / "out" / CARD).read_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        ("---\nlicense: mit\nother: 1\n---\n", {"license": "mit"}),
-        ("---\nlicense: other\nlicense_name: x\n---\n", {"license": "other", "license_name": "x"}),
-        ("---\nlicense: [a, b]\n---\n", {}),
-        ("---\n: {\n---\n", {}),
-        ("---\njust words\n---\n", {}),
-        ("no front matter", {}),
-        (None, {}),
-    ],
-)
-def test_the_licence_is_the_original_s(tmp_path: Path, content: str | None, found: dict[str, str]) -> None:
-    if content is not None:
-        (tmp_path / CARD).write_text(content)
-    assert licence_of(tmp_path) == found
 
 
 def test_a_failing_card_leaves_nothing_finished(

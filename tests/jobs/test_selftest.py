@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import afpq
@@ -46,42 +45,10 @@ def skeleton(model: Path) -> Any:
     return prepare(model, Recipe(parse_scheme(SCHEME))).model
 
 
-def test_a_checksum_sees_every_bit() -> None:
-    a = torch.tensor([0.0, float("nan"), 2.0])
-    assert digest(a) == digest(a.clone()) and len(digest(a)) == 32
-    assert digest(a) != digest(torch.tensor([-0.0, float("nan"), 2.0]))
-    assert digest(torch.arange(6).view(2, 3).T) == digest(torch.arange(6).view(2, 3).T.contiguous())
-    assert digest(torch.empty(0)) == digest(torch.empty(0, 3))
-
-
 def test_what_is_right_passes(out: Path, plan: Plan, tiny_model_dir: Path) -> None:
     written = open_checkpoint(out)
     check_tensors(written, plan.outputs(), digests_of(out))
     assert "gave the logits" in check_reloaded(written, plan, skeleton(tiny_model_dir))
-
-
-@pytest.mark.parametrize("name", [f"{UP}.qweight", f"{UP}.scales_neg", "model.norm.weight"])
-def test_a_changed_tensor_is_named(out: Path, plan: Plan, name: str) -> None:
-    digests, tensors = digests_of(out), load_file(out / WEIGHTS)
-    tensors[name].view(-1).view(torch.uint8)[-1] ^= 1
-    save_file(tensors, out / WEIGHTS, {"format": "pt"})
-    with pytest.raises(AfpqError, match=f"{name} is not in the files as it was computed"):
-        check_tensors(open_checkpoint(out), plan.outputs(), digests)
-
-
-def test_missing_misshapen_and_unplanned_tensors_are_named(out: Path, plan: Plan) -> None:
-    digests, whole = digests_of(out), load_file(out / WEIGHTS)
-    name = f"{UP}.qweight"
-    changes: list[tuple[dict[str, Tensor | None], str]] = [
-        ({name: None}, f"{name} is missing"),
-        ({name: torch.zeros(3)}, f"{name} is torch.float32"),
-        ({"extra": torch.zeros(3)}, "extra was written but not planned"),
-    ]
-    for change, message in changes:
-        tensors = {key: value for key, value in {**whole, **change}.items() if value is not None}
-        save_file(tensors, out / WEIGHTS, {"format": "pt"})
-        with pytest.raises(AfpqError, match=message):
-            check_tensors(open_checkpoint(out), plan.outputs(), digests)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from native_build import AVX2, COMPILER
 
 ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("g++")
 COMMON = [
     "-std=c++17",
     "-O1",
@@ -24,7 +23,6 @@ COMMON = [
     f"-I{ROOT}/tests/csrc",
 ]
 CHECKED = [*COMMON, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 FILES = {
     "csrc/portable.cpp": [],
     "csrc/x86/avx2_exact.cpp": AVX2,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import bert, gemma2, gpt2, llama, opt, save, t5
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -24,44 +25,6 @@ from afpq.model.quantize_in_memory import model_bits, quantize_model
 from afpq.model.skeleton import build_skeleton
 
 IDS = torch.arange(0, 240, 5).view(2, 24)
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-SIZES = {"vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, **NO_TOKENS}
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}
-
-
-def llama(tied: bool) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=tied, initializer_range=0.1))
-
-
-def gemma2(tied: bool) -> PreTrainedModel:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(**WIDE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied, initializer_range=0.1)
-    return Gemma2ForCausalLM(config)
-
-
-def opt(tied: bool) -> PreTrainedModel:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {**SIZES, "pad_token_id": 1}
-    config = OPTConfig(
-        **sizes, hidden_size=64, ffn_dim=96, word_embed_proj_dim=32, max_position_embeddings=64,
-        tie_word_embeddings=tied, init_std=0.1,
-    )  # fmt: skip
-    return OPTForCausalLM(config)
-
-
-def gpt2(tied: bool) -> PreTrainedModel:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None,
-        tie_word_embeddings=tied, initializer_range=0.1,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
 
 
 FAMILIES = [llama, gemma2, opt, gpt2]
@@ -72,11 +35,6 @@ FAMILIES = [llama, gemma2, opt, gpt2]
 def model_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     make, tied = request.param
     return save(make(tied), tmp_path / "model")
-
-
-def save(model: PreTrainedModel, directory: Path) -> Path:
-    model.to(torch.float16).save_pretrained(directory)
-    return directory
 
 
 def load(directory: Path, **options: Any) -> Any:
@@ -229,19 +187,6 @@ def test_a_table_stored_under_the_heads_name_only_is_an_error(tmp_path: Path) ->
         quantize(directory, tmp_path / "out", lm_head=True)
 
 
-def bert() -> PreTrainedModel:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(**WIDE))
-
-
-def t5() -> PreTrainedModel:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, tie_word_embeddings=True)
-    return T5ForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -261,12 +206,6 @@ def test_what_cannot_be_is_an_error(
     with pytest.raises(AfpqError, match=words):
         quantize(directory, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_head_to_pack_and_not_to_convert_is_an_error(tiny_model_dir: Path) -> None:
-    config = AfpqConfig(lm_head="same", modules_to_not_convert=["lm_head"])
-    with pytest.raises(AfpqError, match="lm_head"):
-        load(tiny_model_dir, quantization_config=config)
 
 
 @pytest.mark.parametrize("end", ["embed_tokens.qweight", "embed_tokens.scales"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Registers the plug-in with Transformers as soon as Transformers itself is imported, and imports neither of them before.
+"""Registers the plug-in with Transformers as soon as Transformers is imported, and imports neither before.
 
 `import afpq` would take four seconds if it imported Transformers to register with it; `afpq --help` needs no model. So
 the registration waits for the module that it goes into.
