@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afpq.calibration.hidden_states import BATCH_TOKENS, Activations, batch_size
+from afpq.calibration.hidden_states import BLOCK_BATCH_TOKENS, Activations, batch_size
 from afpq.errors import AfpqError
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_batches_hold_every_window_once_and_a_sample_is_spread(windows: int, len
         assert all(torch.equal(hidden, states.tensor[rows]) for rows, hidden in batches)
         assert torch.equal(torch.cat([hidden for _, hidden in batches]), states.tensor)
         assert len({hidden.shape for _, hidden in batches}) == 1
-        assert all(len(hidden) == 1 or hidden.shape[0] * length <= BATCH_TOKENS for _, hidden in batches)
+        assert all(len(hidden) == 1 or hidden.shape[0] * length <= BLOCK_BATCH_TOKENS for _, hidden in batches)
         sample = states.sample(CPU)[:, 0, 0].tolist()
         assert len(sample) == len(set(sample)) == batch_size(windows, length)
         assert sample[0] == 0 and (len(sample) == 1 or sample[-1] == windows - 1)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from afpq.calibration.linear_hooks import SecondMoment, hooked, listening
+from afpq.calibration.linear_hooks import SecondMoment, recording, with_hooks
 
 
 def test_linears_that_read_the_same_tensor_know_each_other(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_statistics_of_windows_add_up_to_those_of_all() -> None:
     block, x = Pair(), torch.randn(4, 6, 3, requires_grad=True)
     names, taps = ["left", "right", "behind"], {}
     for rows in (slice(0, 2), slice(2, 4)):
-        with listening(names, (4, 6), ("right",), taps, block, rows):
+        with recording(names, (4, 6), ("right",), taps, block, rows):
             result = block(x[rows])
         result.square().sum().backward()
     left, right = block.left(x), block.right(x)
@@ -77,7 +77,7 @@ def test_hooks_are_gone_afterwards_whatever_happens() -> None:
     def hook(name: str, *_: Any) -> None:
         called.append(name)
 
-    with pytest.raises(ZeroDivisionError), hooked(block, ["left", "behind"], hook):
+    with pytest.raises(ZeroDivisionError), with_hooks(block, ["left", "behind"], hook):
         block(torch.zeros(1, 3))
         raise ZeroDivisionError
     block(torch.zeros(1, 3))

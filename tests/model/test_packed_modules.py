@@ -18,7 +18,7 @@ from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.model.embedding_and_head import find_embedding_and_head
 from afpq.model.experts import AfpqExperts
 from afpq.model.linear import AfpqLinear
-from afpq.model.packed_modules import convertible, spare_initialization, swap_ends, swap_matrices, waits_to_be_quantized
+from afpq.model.packed_modules import convertible, is_loading_slot, mark_initialized, pack_ends, pack_matrices
 from afpq.model.renamed_tensors import TensorNames
 
 
@@ -39,7 +39,7 @@ def swapped(model: Any, packed: bool = True, skip: str = "nothing") -> Any:
     """The model with packed modules in place of the matrices of its blocks, but for names that hold `skip`."""
     places = [f"{block.name}." for block in find_blocks(model)]
     leaves = TensorNames(model).leaves()
-    swap_matrices(model, places, lambda name: None if skip in name else SCHEME, leaves, packed)
+    pack_matrices(model, places, lambda name: None if skip in name else SCHEME, leaves, packed)
     return model
 
 
@@ -86,7 +86,7 @@ def test_weights_still_to_be_quantized_keep_their_places(make: Any) -> None:
     after = dict(model.named_parameters())
     assert {name: parameter.shape for name, parameter in after.items()} == before
     places = {name: name.rpartition(".") for name in before}
-    waiting = {n for n, (m, _, p) in places.items() if waits_to_be_quantized(model.get_submodule(m), p)}
+    waiting = {n for n, (m, _, p) in places.items() if is_loading_slot(model.get_submodule(m), p)}
     matrices = {name for name, p in after.items() if p.ndim > 1 and ".0." in name and "gate.weight" not in name}
     assert matrices <= waiting and not any("norm" in name or "ln_" in name for name in waiting)
 
@@ -96,7 +96,7 @@ def test_ends_are_replaced_by_what_can_look_up_and_make_logits(tied: bool) -> No
     model = llama(tied)
     ends = find_embedding_and_head(model)
     recipe = Recipe(SCHEME, lm_head=SCHEME, embedding=SCHEME)
-    swap_ends(model, ends, recipe, [], packed=True)
+    pack_ends(model, ends, recipe, [], packed=True)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, AfpqEmbedding) and isinstance(head, AfpqLinear)
     assert isinstance(head, AfpqTiedHead) is tied and (tied or not head.readable)
@@ -108,7 +108,7 @@ def test_a_module_that_only_holds_packed_ones_needs_no_initialization() -> None:
     model = swapped(llama(False))
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
-    spare_initialization(model)
+    mark_initialized(model)
     marked = {name for name, module in model.named_modules() if getattr(module, "_is_hf_initialized", False)}
     assert marked == {f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "mlp")}
 
