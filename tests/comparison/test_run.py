@@ -14,7 +14,7 @@ import torch
 
 import afpq
 from afpq import AfpqError, CalibrationSettings
-from afpq.comparison import run as module
+from afpq.comparison import measure_cell as module
 from afpq.comparison.cells import FLOAT, Cell, Result
 from afpq.comparison.peers import Peer
 from afpq.comparison.report import write_comparison

@@ -28,12 +28,13 @@ from afpq.errors import AfpqError
 from afpq.model.skeleton import build_skeleton
 from afpq.numerics.formats import FORMATS
 from afpq.numerics.groups import extremes, relative_error
-from afpq.numerics.packing import layout, spec_bytes
+from afpq.numerics.packing import packed_bytes
 from afpq.numerics.scheme import Scheme
+from afpq.numerics.size import Size
 from afpq.recipe import Recipe
 
-SAMPLE = 2**17  # weights of a layer that are read unless told otherwise: enough for 1 % where groups are 128
-SAME = 0.02  # errors closer than this share of each other are called equal
+SAMPLED_WEIGHTS = 2**17  # of a layer, if `rows` gives no number: enough for 1 % where groups are 128
+EQUAL_ERRORS = 0.02  # errors closer than this share of each other count as equal
 
 
 @dataclass(frozen=True)
@@ -231,12 +232,11 @@ def _kind(name: str) -> str:
 
 
 def _true_bits(targets: Sequence[Target], scheme: Scheme) -> float:
-    packed = sum(spec_bytes(spec) for t in targets for spec in layout(scheme, *t.shape).values())
-    return 8 * packed / sum(t.elements for t in targets)
+    return sum((Size(packed_bytes(scheme, *t.shape), t.elements) for t in targets), Size(0, 0)).bits
 
 
 def _look_at(checkpoint: Checkpoint, target: Target, kind: str, settings: InspectSettings, seed: int) -> LayerFigures:
-    count = settings.rows or -(-SAMPLE // target.shape[1])
+    count = settings.rows or -(-SAMPLED_WEIGHTS // target.shape[1])
     rows = _sample(target.shape[0], min(count, target.shape[0]), seed)
     weight = checkpoint.read_rows(target.source, rows).float()
     try:
@@ -273,10 +273,11 @@ def recommend(inspection: Inspection, bits: int) -> str:
     if integer < min(two, half):
         cheaper = inspection.bits[str(rivals.integer)]
         return f"Take {rivals.integer}: its error is the lowest, and it has {cheaper:.3f} true bits instead of {cost}."
-    if abs(two - half) <= SAME * max(two, half):
+    if abs(two - half) <= EQUAL_ERRORS * max(two, half):
         return (
             f"{rivals.two} or {rivals.half}: at {cost} true bits two scales and one scale at half the group are within "
-            f"{100 * SAME:.0f} % of each other ({two:.5f}, {half:.5f}), so the weights do not tell which is better."
+            f"{100 * EQUAL_ERRORS:.0f} % of each other ({two:.5f}, {half:.5f}), "
+            "so the weights do not tell which is better."
         )
     best, other, share = (
         (rivals.two, rivals.half, 1 - two / half) if two < half else (rivals.half, rivals.two, 1 - half / two)

@@ -118,7 +118,7 @@ def _choice(choice: Choice, plan: Plan) -> str:
 
 
 def _end(plan: Plan, target: Target) -> str:
-    return f"{plan.end_words(target)} as {target.scheme}, {8 * target.bytes / target.elements:.3f} true bits per weight"
+    return f"{plan.end_words(target)} as {target.scheme}, {target.size.bits:.3f} true bits per weight"
 
 
 def _left(plan: Plan) -> str:
