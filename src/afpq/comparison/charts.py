@@ -89,7 +89,7 @@ def _tip(result: Result) -> str:
 def _mark(result: Result, y: float, error: float) -> Mark:
     cell = result.cell
     label = f"{cell.scheme} {cell.method}" if cell.ours is None else cell.scheme
-    error = error if error == error else 0.0  # NaN where there is one window
+    error = error if error == error else 0.0  # NaN for a single window
     return Mark(result.bits_per_weight, y, error, label, _tip(result), colour_of(cell), shape_of(cell))
 
 

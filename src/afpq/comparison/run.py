@@ -30,9 +30,9 @@ Note = Callable[[str], None]
 
 
 class Comparison:
-    """An agenda being carried out in a directory; `left_out` tells in words what could not be.
+    """An agenda being executed in a directory; `left_out` describes the cells that could not be measured.
 
-    Raises AfpqError where the directory cannot be written.
+    Raises AfpqError if the directory cannot be written.
     """
 
     def __init__(self, question: Question, agenda: Agenda, directory: Path) -> None:
@@ -48,7 +48,7 @@ class Comparison:
             raise AfpqError(f"{directory}: cannot write the report: {error.strerror or error}") from None
 
     def run(self, progress: Progress, note: Note) -> list[Result]:
-        """The float model's result, those of all cells asked for, then earlier ones of the same model and text.
+        """Return the float model's result, those of all cells asked for, then earlier ones of the same model and text.
 
         Raises AfpqError while another run works in the directory.
         """
@@ -76,11 +76,11 @@ class Comparison:
         return results + self._earlier(results, note)
 
     def _place(self, task: Task) -> Path:
-        """Where a quantized model is made; another setting has another place, so none goes on from the wrong one."""
+        """Return the directory for a quantized model: one for each setting, so that none resumes from another's."""
         return self.models / f"{task.cell.file_name}-{digest_value(task.fingerprint)[:8]}"
 
     def _finished(self, task: Task, note: Note) -> Result | None:
-        """The result of an earlier run, where it is of the same model, text and setting."""
+        """Return the result of an earlier run if it is of the same model, text and setting."""
         found = load(self.cells / f"{task.cell.file_name}.json")
         if found is None:
             return None
@@ -94,7 +94,7 @@ class Comparison:
         return result
 
     def _earlier(self, results: list[Result], note: Note) -> list[Result]:
-        """Cells of earlier runs that were not asked for, of the same model, text and calibration."""
+        """Return cells of earlier runs that were not asked for, of the same model, text and calibration."""
         wanted = {**self.agenda.tasks[0].fingerprint}
         for task in self.agenda.tasks:
             wanted |= {key: value for key, value in task.fingerprint.items() if key == CALIBRATION}
@@ -129,16 +129,16 @@ class Comparison:
 
 
 def describe(result: Result) -> str:
-    """A finished cell in a line."""
+    """Describe a finished cell in a line."""
     e = result.evaluation
     kl = "" if e.kl_divergence is None else f", KL x 1000 {1000 * e.kl_divergence:.2f}"
     return f"{result.cell}: {result.bits_per_weight:.3f} bits, perplexity {e.perplexity:.3f}{kl}"
 
 
 def describe_setting(comparison: Comparison, results: Sequence[Result]) -> About:
-    """What was measured on what, for the report."""
+    """Describe for the report what was measured, and on what."""
     agenda, question = comparison.agenda, comparison.question
-    learned = "; ".join(dict.fromkeys(result.calibration for result in results if result.calibration)) or None
+    calibration = "; ".join(dict.fromkeys(result.calibration for result in results if result.calibration)) or None
     notes = [f"Left out: {reason}." for reason in comparison.left_out]
     missing = missing_packages() if question.peers else []
     if missing:
@@ -152,7 +152,7 @@ def describe_setting(comparison: Comparison, results: Sequence[Result]) -> About
         Path(question.model).name,
         question.text_name,
         windows,
-        learned,
+        calibration,
         machine,
         agenda.first.plan.coverage,
         tuple(notes),
@@ -160,7 +160,7 @@ def describe_setting(comparison: Comparison, results: Sequence[Result]) -> About
 
 
 def asymmetries(agenda: Agenda, results: Sequence[Result]) -> list[Asymmetry]:
-    """How lopsided the float weights' groups are, for each group size in the results; counted on a sample."""
+    """Measure how lopsided the float weights' groups are, for each group size in the results; counted on a sample."""
     checkpoint = agenda.first.plan.checkpoint
     schemes = [result.cell.ours for result in results]
     sizes = sorted({scheme.group_size for scheme in schemes if scheme is not None}, key=lambda size: (size == -1, size))
