@@ -107,7 +107,9 @@ def _kl(ordered: Sequence[Result], front: Sequence[Result]) -> Figure:
 
 def _perplexity(ordered: Sequence[Result], original: Result) -> Figure:
     marks = [_mark(r, r.evaluation.perplexity, rise(r, original).error) for r in ordered]
-    corners = [(r.bits_per_weight, r.evaluation.perplexity) for r in _perplexity_front(ordered)]
+    corners = [
+        (r.bits_per_weight, r.evaluation.perplexity) for r in pareto_front(ordered, lambda r: r.evaluation.perplexity)
+    ]
     level = (original.evaluation.perplexity, "float")
     chart = scatter(marks, "Perplexity against true bits", ("true bits per weight", "perplexity"), corners, level)
     return Figure(
@@ -115,14 +117,6 @@ def _perplexity(ordered: Sequence[Result], original: Result) -> Figure:
         "The line is the Pareto front. The bars are one standard error of the difference from the float model, window "
         "by window; the perplexity itself is less certain (see the table), but that is common to all cells.",
     )  # fmt: skip
-
-
-def _perplexity_front(results: Sequence[Result]) -> list[Result]:
-    front: list[Result] = []
-    for result in sorted(results, key=lambda r: (r.bits_per_weight, r.evaluation.perplexity)):
-        if not front or result.evaluation.perplexity < front[-1].evaluation.perplexity:
-            front.append(result)
-    return front
 
 
 def _layers(results: Sequence[Result]) -> Figure:

@@ -8,7 +8,7 @@ than either figure. Where it is less than twice its standard error, the words ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from afpq.comparison.cells import Cell, Result
@@ -53,11 +53,11 @@ def rise(result: Result, original: Result) -> Difference:
     return Difference(mean, result.evaluation.perplexity * loss.error)
 
 
-def pareto_front(results: Iterable[Result]) -> list[Result]:
-    """Return the results that none beats or equals in true bits and KL, by rising bits; of equal ones the first."""
+def pareto_front(results: Iterable[Result], loss: Callable[[Result], float] = lambda r: r.kl) -> list[Result]:
+    """Return the results that none beats or equals in true bits and loss, by rising bits; of equal ones the first."""
     front: list[Result] = []
-    for result in sorted(results, key=lambda r: (r.bits_per_weight, r.kl)):
-        if not front or result.kl < front[-1].kl:
+    for result in sorted(results, key=lambda r: (r.bits_per_weight, loss(r))):
+        if not front or loss(result) < loss(front[-1]):
             front.append(result)
     return front
 

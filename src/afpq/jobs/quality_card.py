@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from afpq.checkpoint.card_header import LOAD, PAPER, front_matter
-from afpq.checkpoint.plan import Plan, Target
+from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import CARD
 from afpq.evaluation.tables import size_text, table, with_error
 from afpq.jobs.bit_budget import SENSITIVITIES, SHARES, Choice, share_cells
@@ -95,7 +95,10 @@ def _facts(card: Card) -> str:
         ("true bits per weight", f"{plan.bits_per_weight:.3f} for a quantized weight, with scales and zero points"),
         ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.block_targets)} linear layers"),
         *([("not quantized", warning)] if warning is not None else []),
-        *(("outside the blocks", _end(plan, target)) for target in plan.end_targets),
+        *(
+            ("outside the blocks", f"{plan.end_words(t)} as {t.scheme}, {t.size.bits:.3f} true bits per weight")
+            for t in plan.end_targets
+        ),
         ("bits per weight of all", f"{plan.file_bits_per_weight:.3f}, with what is left as it was"),
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
         ("left as it was", _left(plan)),
@@ -115,10 +118,6 @@ def _choice(choice: Choice, plan: Plan) -> str:
         f"true bits per weight ({choice.kl:.4f} nats a token, roughly); what was measured for it is in "
         f"`{SENSITIVITIES}`:\n\n{table(SHARES, share_cells(choice, plan))}"
     )
-
-
-def _end(plan: Plan, target: Target) -> str:
-    return f"{plan.end_words(target)} as {target.scheme}, {target.size.bits:.3f} true bits per weight"
 
 
 def _left(plan: Plan) -> str:
