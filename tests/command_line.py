@@ -27,6 +27,15 @@ class Result(NamedTuple):
 Cli = Callable[..., Result]
 
 
+TEXT = "The quick brown fox jumps over the lazy dog; größer als nötig.\n" * 12
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    return tmp_path / "text.txt"
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """Run `afpq ARGUMENTS` in this process."""

@@ -16,26 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import Cli, Result, assert_refused, finish, read_json, start
-from command_line import cli as cli  # the fixture
+from command_line import cli as cli  # the fixtures
 from command_line import packed as packed
+from command_line import text as text
 from conftest import ModelMaker, edit_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afpq
 from afpq.checkpoint.reader import WEIGHTS
-from afpq.evaluation.perplexity import evaluate
-from afpq.evaluation.text import tokenize, windows
-from afpq.kernels import set_compute
-
-TEXT = "The quick brown fox jumps over the lazy dog; größer als nötig.\n" * 12
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
-    return tmp_path / "text.txt"
-
 
 # ---- the commands
 
@@ -129,95 +117,6 @@ def test_low_coverage_is_warned_of_and_what_is_left_is_named(cli: Cli, tiny_mode
     left = {f"model.layers.*.mlp.{name}_proj.weight": 12288 for name in ("gate", "up", "down")}
     assert read_json(tmp_path / "q.json")["left"] == read_json(tmp_path / "i.json")["left"] == left
     assert cli("info", tiny_model_dir).err == ""
-
-
-def test_eval_measures_as_the_library_does(cli: Cli, packed: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ("--text", text, "--seq-len", "50", "--max-tokens", "333", "--json", tmp_path / "e.json")
-    assert cli("eval", packed, *arguments).code == 0
-    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
-    stream = windows(tokenize(AutoTokenizer.from_pretrained(packed), TEXT), 50, 333)
-    assert stream.shape == (6, 50)
-    expected, found = evaluate(model, stream), read_json(tmp_path / "e.json")
-    assert found["tokens"] == expected.tokens == 6 * 49
-    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
-    assert found["standard_error"] == pytest.approx(expected.standard_error, rel=1e-5)
-    assert found["kl_divergence"] is None and found["top1_agreement"] is None
-
-
-def test_eval_stays_inside_the_context(cli: Cli, packed: Path, text: Path, tmp_path: Path) -> None:
-    assert cli("eval", packed, "--text", text, "--json", tmp_path / "e.json").code == 0
-    tokens = len(TEXT.encode())
-    assert read_json(tmp_path / "e.json")["tokens"] == tokens // 128 * 127
-
-
-def test_eval_against_itself(cli: Cli, packed: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ("--text", text, "--seq-len", "64", "--reference", packed, "--json", tmp_path / "e.json")
-    assert cli("eval", packed, *arguments).code == 0
-    result = read_json(tmp_path / "e.json")
-    assert (result["kl_divergence"], result["top1_agreement"]) == (pytest.approx(0, abs=1e-9), 1)
-
-
-@pytest.mark.parametrize("content", ["ab", "abc"])
-def test_eval_of_hardly_any_text_is_still_json(cli: Cli, packed: Path, tmp_path: Path, content: str) -> None:
-    (tmp_path / "text.txt").write_text(content)
-    assert cli("eval", packed, "--text", tmp_path / "text.txt", "--json", tmp_path / "e.json").code == 0
-    assert read_json(tmp_path / "e.json")["tokens"] == len(content) - 1
-
-
-def test_info_of_an_original_model(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
-    result = cli("info", tiny_model_dir, "--json", tmp_path / "i.json")
-    assert result.code == 0 and "not quantized" in result.out
-    assert read_json(tmp_path / "i.json")["bits_per_weight"] == 16
-
-
-def test_inspect_as_a_process(tiny_model_dir: Path, tmp_path: Path) -> None:
-    told = finish(start("inspect", tiny_model_dir, "--group-size", "32", "--json", tmp_path / "i.json"))
-    assert (told.code, told.err) == (0, "")
-    assert "14 of 14 linears" in told.out and "self_attn.q_proj" in told.out
-    assert "  layers.0.mlp" not in told.out
-    assert "4 bits" in told.out and "3 bits" in told.out and "errors of the weights" in told.out
-    assert max(map(len, told.out.splitlines()[1:])) <= 80
-    found = read_json(tmp_path / "i.json")
-    assert found["schemes"]["nf4-asym-g32"]["bits"] == 5 and len(found["layers"]) == 14
-    assert found["recommendations"]["3"] in " ".join(told.out.split())
-
-
-def test_inspect_of_some_layers_each_on_a_line(cli: Cli, tiny_model_dir: Path, tmp_path: Path) -> None:
-    some = ("--bits", "2", "--layers", "5", "--rows", "7", "--all", "--json", tmp_path / "i.json")
-    result = cli("inspect", tiny_model_dir, *some)
-    assert (result.code, result.err) == (0, "")
-    found = read_json(tmp_path / "i.json")
-    assert [layer["rows"] for layer in found["layers"]] == [7] * 5 and found["settings"]["bits"] == [2]
-    assert all(layer["name"].removeprefix("model.layers.") in result.out for layer in found["layers"])
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--bits", "8"], "bits 8"),
-        (["--bits", "four"], "--bits"),
-        (["--group-size", "-1"], "group size -1"),
-        (["--layers", "some"], "'some'"),
-        (["--layers", "0"], "layer"),
-        (["--rows", "0"], "row"),
-        (["--scale-search", "luck"], "luck"),
-        (["--json", "/no/such/dir/a.json"], "/no/such/dir"),
-    ],
-)
-def test_bad_options_of_inspect(cli: Cli, tiny_model_dir: Path, options: list[str], word: str) -> None:
-    assert_refused(cli("inspect", tiny_model_dir, *options), word)
-
-
-def test_inspect_of_a_model_that_is_quantized_already(cli: Cli, packed: Path) -> None:
-    assert_refused(cli("inspect", packed), "already quantized")
-
-
-def test_generate_prints_text_as_it_is(cli: Cli, packed: Path) -> None:
-    prompt = "[bold]a[/bold] [/x] :smile: " + "long " * 15
-    result = cli("generate", packed, prompt, "--max-new-tokens", "3")
-    assert (result.code, result.err) == (0, "")
-    assert result.out.startswith(prompt)
-    assert cli("generate", packed, prompt, "--max-new-tokens", "3") == result
 
 
 @pytest.mark.parametrize("name", ["[red]v1", ":smile:", "a b", "x" * 120])
@@ -374,49 +273,6 @@ def test_quantizing_a_broken_model(cli: Cli, tiny_copy: Path, tmp_path: Path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-EVAL: dict[str, tuple[list[str], list[str]]] = {
-    "no text": ([], ["--text"]),
-    "two texts": (["--text", "TEXT", "--dataset", "wikitext2"], ["--text"]),
-    "text that is missing": (["--text", "/no/such.txt"], ["/no/such.txt"]),
-    "text that is a directory": (["--text", "/"], ["/"]),
-    "empty text": (["--text", "EMPTY"], ["empty.txt"]),
-    "text of one token": (["--text", "ONE"], ["token"]),
-    "text that is not UTF-8": (["--text", "BINARY"], ["binary.txt"]),
-    "unknown dataset": (["--dataset", "wikipedia"], ["wikipedia", "wikitext2"]),
-    "windows of one token": (["--text", "TEXT", "--seq-len", "1"], ["length"]),
-    "windows of less": (["--text", "TEXT", "--seq-len", "-5"], ["length"]),
-    "windows of letters": (["--text", "TEXT", "--seq-len", "long"], ["--seq-len"]),
-    "one token at most": (["--text", "TEXT", "--max-tokens", "1"], ["token"]),
-    "fewer tokens than none": (["--text", "TEXT", "--max-tokens", "-5"], ["token"]),
-    "missing reference": (["--text", "TEXT", "--reference", "/no/such/dir"], ["/no/such/dir"]),
-    "json that cannot be written": (["--text", "TEXT", "--json", "/no/such/dir/a.json"], ["/no/such/dir/a.json"]),
-}
-
-
-@pytest.mark.parametrize("case", EVAL)
-def test_bad_options_of_eval(cli: Cli, packed: Path, tmp_path: Path, text: Path, case: str) -> None:
-    files = {"TEXT": text.read_bytes(), "EMPTY": b" \n", "ONE": b"x", "BINARY": b"\xff\xfe\x00"}
-    for name, content in files.items():
-        (tmp_path / f"{name.lower()}.txt").write_bytes(content)
-    options, words = EVAL[case]
-    result = cli("eval", packed, *(tmp_path / f"{o.lower()}.txt" if o in files else o for o in options))
-    assert_refused(result._replace(out="") if "--json" in options else result, *words)
-
-
-@pytest.mark.parametrize("vocabulary", [128, 300])
-def test_a_reference_of_another_vocabulary(
-    cli: Cli, make_model: ModelMaker, packed: Path, text: Path, tmp_path: Path, vocabulary: int
-) -> None:
-    other = make_model(tmp_path / "other", vocab_size=vocabulary)
-    assert_refused(cli("eval", packed, "--text", text, "--seq-len", "64", "--reference", other), "vocabulary")
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model(
-    cli: Cli, make_model: ModelMaker, text: Path, tmp_path: Path
-) -> None:
-    assert_refused(cli("eval", make_model(tmp_path / "model", vocab_size=128), "--text", text), "vocabulary")
-
-
 @pytest.mark.parametrize("command", ["eval", "info", "generate"])
 @pytest.mark.parametrize(
     ("keys", "word"),
@@ -449,28 +305,6 @@ def test_a_model_that_lacks_a_weight(cli: Cli, tiny_copy: Path, text: Path, comm
     del tensors[name]
     save_file(tensors, tiny_copy / WEIGHTS, {"format": "pt"})
     assert_refused(cli(command, tiny_copy, *(["--text", text] if command == "eval" else ["hello"])), name)
-
-
-def test_generate_in_either_arithmetic(cli: Cli, packed: Path) -> None:
-    """A random model of one token after the other: int8 may choose others, but says something."""
-    try:
-        assert cli("generate", packed, "a", "--max-new-tokens", "3", "--compute", "int8").code == 0
-    finally:
-        assert set_compute("exact") == "int8"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [""],
-        ["a", "--max-new-tokens", "0"],
-        ["a", "--max-new-tokens", "x"],
-        ["a", "--compute", "int4"],
-        ["a", "--device", "abacus"],
-    ],
-)
-def test_bad_options_of_generate(cli: Cli, packed: Path, options: list[str]) -> None:
-    assert_refused(cli("generate", packed, *options))
 
 
 def test_broken_models_as_processes(tiny_copy: Path, packed: Path, tmp_path: Path) -> None:

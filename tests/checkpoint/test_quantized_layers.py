@@ -25,7 +25,7 @@ def test_every_layer_with_its_scheme_and_tensors(tiny_model_dir: Path, tmp_path:
     for layer in layers:
         assert layer.tensors == {part: f"{layer.name}.{part}" for part in layer.tensors}
         stored = 8 * sum(checkpoint.tensors[name].bytes for name in layer.tensors.values())
-        assert layer.bits_per_weight == pytest.approx(stored / layer.elements)
+        assert layer.size.bits == pytest.approx(stored / layer.elements)
     named = {name for layer in layers for name in layer.tensors.values()}
     assert not any("proj" in name and "q_proj" not in name for name in checkpoint.tensors if name not in named)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a comparison says: paired by window, no more than the standard errors allow."""
+"""What a comparison shows: paired by window, no more than the standard errors allow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comparisons import HALF, ORIGINAL, TWO, ZERO, result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afpq.comparison.cells import FLOAT, Cell, Result
 from afpq.comparison.findings import (
     best_by_width,
     difference,
@@ -22,24 +22,6 @@ from afpq.comparison.findings import (
     sentences,
     verdict,
 )
-from afpq.evaluation.perplexity import Evaluation
-
-WINDOWS = [0.8, 1.4, 0.9, 1.1, 0.7, 1.3]
-
-
-def result(scheme: str, method: str, bits: float, kl: float, shift: float = 0.0) -> Result:
-    """KL of each window: `kl` times WINDOWS, which differ much, plus an alternating `shift`."""
-    divergences = tuple(kl * w + shift * (-1) ** i for i, w in enumerate(WINDOWS))
-    mean = sum(divergences) / len(divergences)
-    losses = tuple(3 + d for d in divergences)
-    evaluation = Evaluation(math.exp(3 + mean), 1.0, 600, mean, 0.1 * mean, 0.9)
-    return Result(Cell(scheme, method), bits, 1.0, 1000, evaluation, losses, divergences)
-
-
-ORIGINAL = Result(FLOAT, 16.0, 0.0, 4000, Evaluation(math.exp(3), 1.0, 600), (3.0,) * 6, ())
-TWO = result("nf3-asym-g128", "rtn", 3.25, 0.0300)
-HALF = result("nf3-sym-g64", "rtn", 3.25, 0.0330)
-ZERO = result("int3-asym-g128", "rtn", 3.148, 0.0380)
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=30))
@@ -100,9 +82,9 @@ def test_one_window_cannot_tell() -> None:
 
 
 def test_sentences_name_the_best_the_front_and_the_pairs() -> None:
-    said = "\n".join(sentences([ORIGINAL, TWO, HALF, ZERO]))
-    assert "Best with 3 bits and a fraction: nf3-asym-g128 rtn (3.250 true bits, KL x 1000 31.00)" in said
-    assert "int3-asym-g128 rtn (3.148), nf3-asym-g128 rtn (3.250); every other cell has" in said
-    assert "against nf3-sym-g64 rtn, at equal bits: two scales are better by 9 % of the KL" in said
-    assert "against int3-asym-g128 rtn, which has 0.10 bits less: two scales are better" in said
+    findings = "\n".join(sentences([ORIGINAL, TWO, HALF, ZERO]))
+    assert "Best with 3 bits and a fraction: nf3-asym-g128 rtn (3.250 true bits, KL x 1000 31.00)" in findings
+    assert "int3-asym-g128 rtn (3.148), nf3-asym-g128 rtn (3.250); every other cell has" in findings
+    assert "against nf3-sym-g64 rtn, at equal bits: two scales are better by 9 % of the KL" in findings
+    assert "against int3-asym-g128 rtn, which has 0.10 bits less: two scales are better" in findings
     assert sentences([ORIGINAL]) == []

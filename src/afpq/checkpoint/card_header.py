@@ -31,7 +31,7 @@ afpq eval path/to/this/directory --text test.txt
 
 
 def front_matter(base_model: str | None, tags: list[str], directory: Path | None) -> str:
-    """YAML between its lines, for the hub; the licence is that of the card in `directory`.
+    """Write the YAML between its lines, for the hub; the licence is that of the card in `directory`.
 
     Only ids of the hub are a base model: a directory's name is not the id of anything.
     """
@@ -47,7 +47,7 @@ def front_matter(base_model: str | None, tags: list[str], directory: Path | None
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:
-    """The front matter of a model's own card; empty where there is no card that can be read."""
+    """Read the front matter of a model's own card; empty if there is no card that can be read."""
     try:
         metadata = metadata_load(directory / CARD)
     except Exception:  # no file, no UTF-8, or whatever the YAML parser makes of foreign text
@@ -56,7 +56,7 @@ def card_metadata(directory: Path) -> dict[str, Any]:
 
 
 def licence_of(directory: Path) -> dict[str, str]:
-    """The licence keys in the front matter of a model's own card; none where there is no card that tells."""
+    """Return the licence keys in the front matter of a model's own card; empty if it has none."""
     metadata = card_metadata(directory)
     found = {key: metadata.get(key) for key in LICENCE_KEYS}
     return {key: value for key, value in found.items() if isinstance(value, str) and value}

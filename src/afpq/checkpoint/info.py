@@ -12,6 +12,7 @@ from afpq.checkpoint.quantized_layers import quantized_layers
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.coverage import kinds_left
 from afpq.numerics.formats import repeated_codebook_bytes
+from afpq.numerics.size import Size
 
 _BOOK = re.compile(r"^lut:.*(?=-a?sym-g)")
 
@@ -73,26 +74,25 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     ends = tuple(layer.name for layer in found if layer.end)
     inside = [layer for layer in found if not layer.end] or found
     quantized = sum(layer.elements for layer in found)
-    in_layers = sum(layer.elements for layer in inside)
     plain = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
     total = quantized + sum(info.elements for info in plain.values())
     formats = [layer.scheme.format for layer in found]
     books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
-    every = sum(parts.values()) + sum(info.bytes for info in plain.values()) + books
+    every = Size(sum(parts.values()) + sum(info.bytes for info in plain.values()) + books, total)
     again = repeated_codebook_bytes(layer.scheme.format for layer in inside)
-    bits = sum(layer.bits_per_weight * layer.elements for layer in inside) - 8 * again if found else 8 * every
+    blocks = sum((layer.size for layer in inside), Size(-again, 0))
     covered = sum(layer.elements for layer in found if not layer.end)
     left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
     return ModelInfo(
-        bits_per_weight=bits / (in_layers or total),
+        bits_per_weight=blocks.bits if found else every.bits,
         coverage=covered / (covered + sum(left.values())) if covered else 0.0,
         left=kinds_left(left),
         quantized_parameters=quantized,
         total_parameters=total,
         file_bytes=file_bytes,
-        layers=[LayerInfo(each.name, str(each.scheme), each.shape, each.bits_per_weight) for each in found],
+        layers=[LayerInfo(each.name, str(each.scheme), each.shape, each.size.bits) for each in found],
         quantization_config=keys,
-        file_bits_per_weight=8 * every / total,
+        file_bits_per_weight=every.bits,
         ends=ends,
     )
 

@@ -2,16 +2,19 @@
 """One run at a time in a directory: a lock the kernel drops with the process that holds it, however that ends.
 
 The lock is `flock` on a file in the directory, held by an open file: a killed run leaves a file behind but no lock. The
-file goes away while it is still locked, so whoever has just locked a file asks whether it is still the one in the
+file goes away while it is still locked, so after locking a file it is checked that this is still the one in the
 directory. Over NFS, Linux makes a byte-range lock of it, which other machines see too.
+
+The package filelock checks only that the file has not been removed, and so holds the file of a directory that was
+renamed in between. Before its version 4, a refused process also erased the holder's name.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,13 +24,13 @@ from pathlib import Path
 from afpq.errors import AfpqError
 
 LOCK = "afpq.lock"
-_UNKNOWN = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a file system without locks
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 _TRIES = 100
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory, made where it is not there. Raises AfpqError where another run holds it; OSError as `open`."""
+    """Hold a directory, created if missing. Raises AfpqError if another run holds it; OSError as `open`."""
     lock = Lock(directory)
     try:
         yield
@@ -36,7 +39,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 class Lock:
-    """Of a directory, from now until `release`."""
+    """A lock of a directory, from its creation until `release`."""
 
     def __init__(self, directory: Path) -> None:
         for _ in range(_TRIES):
@@ -50,7 +53,7 @@ class Lock:
                 _take(self._file, directory)
                 if _is_at(self._file, path):
                     os.ftruncate(self._file, 0)
-                    os.write(self._file, _who_we_are())
+                    os.write(self._file, _this_process())
                     return
             except BaseException:
                 os.close(self._file)
@@ -59,7 +62,7 @@ class Lock:
         raise AfpqError(f"{directory}: other runs keep taking it; wait for them, or choose another place")
 
     def release(self, directory: Path) -> None:
-        """Let go, if that has not been done; `directory` is where the lock's file is by now, which goes first."""
+        """Release the lock once; `directory` is where the lock's file is by now, which is removed first."""
         if self._file < 0:
             return
         with suppress(OSError):
@@ -70,17 +73,13 @@ class Lock:
 
 
 def _take(file: int, directory: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = _holder(os.pread(file, 1000, 0))
         raise AfpqError(f"{directory}: {holder} works in it; wait for that run, or choose another place") from None
     except OSError as error:
-        if error.errno not in _UNKNOWN:
+        if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(f"{directory}: no locks on this file system; start no second run there", stacklevel=2)
 
@@ -92,12 +91,12 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _who_we_are() -> bytes:
+def _this_process() -> bytes:
     return json.dumps({"process": os.getpid(), "host": os.uname().nodename, "since": time.strftime("%H:%M")}).encode()
 
 
 def _holder(content: bytes) -> str:
-    """In words."""
+    """Describe the process that wrote a lock's file."""
     try:
         who = json.loads(content)
         return f"process {int(who['process'])} on {str(who['host'])[:80]}, since {str(who['since'])[:20]},"

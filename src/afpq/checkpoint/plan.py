@@ -18,6 +18,7 @@ from afpq.model.tensor_part import TensorPart
 from afpq.numerics.formats import repeated_codebook_bytes
 from afpq.numerics.packing import Spec, layout, packed_bytes, spec_bytes
 from afpq.numerics.scheme import Scheme
+from afpq.numerics.size import Size
 from afpq.recipe import Recipe, exactly
 
 OUTSIDE = "outside the blocks"
@@ -51,6 +52,10 @@ class Target:
     def bytes(self) -> int:
         """Bytes of all its output tensors, and of a codebook of its own."""
         return packed_bytes(self.scheme, *self.shape)
+
+    @property
+    def size(self) -> Size:
+        return Size(self.bytes, self.elements)
 
 
 @dataclass(frozen=True)
@@ -148,14 +153,15 @@ class Plan:
         """True bits of a quantized weight of the blocks, or of the ends if no block has one."""
         targets = self.block_targets or self.targets
         packed = sum(t.bytes for t in targets) - repeated_codebook_bytes(t.scheme.format for t in targets)
-        return 8 * packed / sum(t.elements for t in targets)
+        return Size(packed, sum(t.elements for t in targets)).bits
 
     @property
     def file_bits_per_weight(self) -> float:
         """Bits of everything that is saved per weight of the original."""
         formats = [target.scheme.format for target in self.targets]
         books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
-        return 8 * (self.output_bytes + books) / sum(info.elements for info in self.checkpoint.tensors.values())
+        elements = sum(info.elements for info in self.checkpoint.tensors.values())
+        return Size(self.output_bytes + books, elements).bits
 
     def with_schemes(self, schemes: Mapping[str, Scheme]) -> Plan:
         """Return the plan with these schemes, by module, in place of its own; tensors stay as planned."""

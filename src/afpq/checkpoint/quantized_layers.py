@@ -17,6 +17,7 @@ from afpq.model.experts import find_experts
 from afpq.model.skeleton import build_skeleton
 from afpq.numerics.packing import layout, packed_bytes
 from afpq.numerics.scheme import Scheme
+from afpq.numerics.size import Size
 from afpq.recipe import is_kept
 
 
@@ -41,9 +42,9 @@ class QuantizedLayer:
         return self.shape[0] * self.shape[1]
 
     @property
-    def bits_per_weight(self) -> float:
-        """True bits of one weight: codes, scales and zero points, and a codebook that is written out."""
-        return 8 * packed_bytes(self.scheme, *self.shape) / self.elements
+    def size(self) -> Size:
+        """Its weights, and the bytes of codes, scales and zero points, and of its codebook if that is written out."""
+        return Size(packed_bytes(self.scheme, *self.shape), self.elements)
 
 
 def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[QuantizedLayer]:

@@ -45,14 +45,14 @@ def compare(
     from afpq.evaluation.text import read_text
     from afpq.jobs.prepare import CalibrationSettings
 
-    learned = _calibration_text(methods, calibration_text, dataset)
+    calibration = _calibration_text(methods, calibration_text, dataset)
     question = Question(
-        model, schemes.split(","), methods.split(","), read_text(text, dataset), learned,
+        model, schemes.split(","), methods.split(","), read_text(text, dataset), calibration,
         CalibrationSettings(samples, seq_len, seed, device), seq_len, max_tokens,
         text.name if text else f"{dataset}, test part",
         calibration_text.name if calibration_text else f"{dataset}, training part", peers, keep, trust_remote_code,
     )  # fmt: skip
-    if learned is not None and learned == question.text:
+    if calibration is not None and calibration == question.text:
         errors.print("warning: calibrated on the very text that is measured: too good to be true", style="bold yellow")
     with quiet_transformers(), progress_bar("start") as advance:
         agenda = make_agenda(question)
@@ -67,7 +67,7 @@ def compare(
 
 
 def _calibration_text(methods: str, file: Path | None, dataset: str | None) -> str | None:
-    """Read only where a method learns from it."""
+    """Read the calibration text, if a method needs one."""
     from afpq.evaluation.text import read_text
     from afpq.recipe import METHODS
 

@@ -98,7 +98,7 @@ def _measure_text(
 
 
 def _print_tasks(scores: dict[str, Any], limit: int | None) -> None:
-    """A line for each metric of each task: value, standard error, examples in the prompt, documents."""
+    """Print a line for each metric of each task: value, standard error, examples in the prompt, documents."""
     table = Table("task", "metric", "value", "shots", "documents", box=SIMPLE_HEAD)
     for column in table.columns[2:]:
         column.justify = "right"

@@ -15,9 +15,9 @@ from afpq.commands.options import JsonOption, ModelArgument, TrustOption, app
 from afpq.errors import AfpqError
 
 if TYPE_CHECKING:
-    from afpq.evaluation.inspect_weights import Inspection, LayerFigures
+    from afpq.evaluation.inspection import Inspection, LayerFigures
 
-MOST = 3  # layers named as those that gain most
+MAX_NAMED_LAYERS = 3  # those that gain most
 CAVEAT = (
     "These are errors of the weights, rounded to nearest; the model's outputs may rank schemes otherwise, and "
     "calibrated methods (gptq, awq) more so. To know: afpq quantize, then afpq eval --reference."
@@ -38,7 +38,8 @@ def inspect_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """How asymmetric a model's weights are, and what two scales would gain: seconds, from a sample of rows."""
-    from afpq.evaluation.inspect_weights import InspectSettings, inspect_model
+    from afpq.evaluation.inspect_weights import inspect_model
+    from afpq.evaluation.inspection import InspectSettings
 
     check_json_place(json)
     settings = InspectSettings(tuple(bits or (4, 3)), group_size, _count(layers), rows, seed, scale_search)
@@ -53,7 +54,7 @@ def inspect_command(
     _print_asymmetry(found, lines)
     for each in settings.bits:
         _print_errors(found, each, lines)
-    _say(CAVEAT)
+    _print_wrapped(CAVEAT)
     rate = f", {found.seconds_per_billion:.1f} s per billion weights" if found.parameters > 1e8 else ""
     if found.ends:
         console.print("outside the blocks, in shares of the model (--lm-head, --embedding):")
@@ -72,7 +73,7 @@ def _count(layers: str) -> int | None:
 
 
 def _by_name(found: Inspection) -> dict[str, list[LayerFigures]]:
-    """Each layer for itself, without the beginning that all names have in common."""
+    """Return each layer for itself, without the beginning that all names have in common."""
     paths = [layer.name.split(".") for layer in found.layers]
     common = 0
     while len({tuple(path[: common + 1]) for path in paths}) == 1 and len(paths) > 1:
@@ -81,7 +82,7 @@ def _by_name(found: Inspection) -> dict[str, list[LayerFigures]]:
 
 
 def _print_asymmetry(found: Inspection, lines: dict[str, list[LayerFigures]]) -> None:
-    from afpq.evaluation.inspect_weights import weighted
+    from afpq.evaluation.inspection import weighted
 
     title = f"Groups of {found.settings.group_size}: the longer side over the shorter"
     table = _table(title, "layer", "linears", "rows read", "median", "one-sided groups")
@@ -94,7 +95,7 @@ def _print_asymmetry(found: Inspection, lines: dict[str, list[LayerFigures]]) ->
 
 
 def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigures]]) -> None:
-    from afpq.evaluation.inspect_weights import gain, mean_error, recommend
+    from afpq.evaluation.inspection import gain, mean_error, recommend
 
     rivals = found.settings.rivals(bits)
     names = [str(scheme) for scheme in rivals.all]
@@ -108,10 +109,10 @@ def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigur
     table.add_row(f"saved by {names[0].split('-g')[0]}", "", *saved)
     console.print(table)
     gains = {layer.name: gain([layer], rivals.two, rivals.half) for layer in found.layers}
-    most = [name for name in sorted(gains, key=lambda name: -gains[name])[:MOST] if gains[name] > 0]
-    told = ", ".join(f"{name} {_percent(gains[name])}" for name in most) or "none"
-    _say(f"Layers that gain most at equal bits: {told}.")
-    _say(recommend(found, bits))
+    most = [name for name in sorted(gains, key=lambda name: -gains[name])[:MAX_NAMED_LAYERS] if gains[name] > 0]
+    named = ", ".join(f"{name} {_percent(gains[name])}" for name in most) or "none"
+    _print_wrapped(f"Layers that gain most at equal bits: {named}.")
+    _print_wrapped(recommend(found, bits))
     console.print()
 
 
@@ -119,8 +120,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %"
 
 
-def _say(text: str) -> None:
-    """Sentences, broken between words."""
+def _print_wrapped(text: str) -> None:
+    """Print sentences, broken between words."""
     console.print(fill(text, 80, break_long_words=False, break_on_hyphens=False))
 
 

@@ -20,13 +20,13 @@ from afpq.evaluation.perplexity import Evaluation
 from afpq.numerics.scheme import Scheme, parse_scheme
 from afpq.recipe import METHODS
 
-Fingerprint = dict[str, str]  # what was decided -> a digest of it; the keys are words for people
+Fingerprint = dict[str, str]  # what was decided, in words -> a digest of it
 CALIBRATION = "calibration text"  # the key that only calibrated cells have
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A scheme and one of afpq's methods; or another tool's name for its scheme, and the tool."""
+    """A scheme and one of afpq's methods; or another tool's name for its scheme, and the tool's name."""
 
     scheme: str
     method: str
@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        """A name that any file system takes; a digest tells apart what is cut off or replaced."""
+        """A name that any file system takes; a digest keeps names apart that are cut off or changed."""
         plain = re.sub(r"[^A-Za-z0-9.+-]", "_", str(self))[:80]
         return plain if plain == str(self).replace(" ", "_") else f"{plain}-{digest_value(str(self))[:8]}"
 
@@ -65,14 +65,14 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a cell.
+    """The figures measured of a cell.
 
     `bits_per_weight` counts scales and zero points; `coverage` is the share of the blocks' weights it is about.
     `file_bytes` of the weights' files. `window_losses` and `window_divergences` are means of each window, in nats:
     differences between cells are taken window by window, where most of the noise is common and cancels. `seconds` to
-    quantize, None where the run was stopped in between. `speed` of greedy generation, the float model's being 1, and
-    `tokens_per_second` of the same; None where it was not measured. `codes` counts how often each code was used.
-    `calibration` says in words what the method learned from.
+    quantize, None if the run was stopped in between. `speed` of greedy generation, the float model's being 1, and
+    `tokens_per_second` of the same; None if it was not measured. `codes` counts how often each code was used.
+    `calibration` describes the calibration text.
     """
 
     cell: Cell
@@ -99,7 +99,7 @@ class Result:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Result:
-        """The inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        """Invert `to_json`; raises KeyError, TypeError or ValueError for anything else."""
         figures = dict(value["evaluation"])
         if figures["standard_error"] is None:
             figures["standard_error"] = math.nan
@@ -117,7 +117,7 @@ class Result:
 
 
 def save(directory: Path, result: Result, fingerprint: Fingerprint) -> None:
-    """Write a cell's file. Raises AfpqError where that is not possible."""
+    """Write a cell's file. Raises AfpqError if that is not possible."""
     path = directory / f"{result.cell.file_name}.json"
     try:
         write_json(path, {"fingerprint": fingerprint, "result": result.to_json()})
@@ -126,7 +126,7 @@ def save(directory: Path, result: Result, fingerprint: Fingerprint) -> None:
 
 
 def load(path: Path) -> tuple[Result, Fingerprint] | None:
-    """A cell's file; None where there is none, or it is not one of ours."""
+    """Read a cell's file; None if it is missing or not a cell's."""
     try:
         value = json.loads(path.read_text("utf-8"))
         return Result.from_json(value["result"]), dict(value["fingerprint"])
@@ -135,5 +135,5 @@ def load(path: Path) -> tuple[Result, Fingerprint] | None:
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, in words."""
+    """Return the keys that differ between two fingerprints."""
     return [key for key in {**new, **old} if old.get(key) != new.get(key)]

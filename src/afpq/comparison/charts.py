@@ -6,27 +6,37 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import fmean
+
+from markupsafe import Markup
 
 from afpq.comparison.cells import Cell, LayerError, Result
 from afpq.comparison.distributions import BINS, EDGE, LOPSIDED, SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, entropy
 from afpq.comparison.findings import pareto_front, rise
-from afpq.comparison.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
+from afpq.comparison.svg import STRONGEST, Mark, bars, heat, scatter, shape_sample
 
-MOST = 12  # cells that get a small chart of their own
-COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3", "tune": "c5"}
-OTHERS = "c4"
-SAMPLE = f"Counted on {SAMPLED_LAYERS} layers and {SAMPLED_ROWS} rows of each, evenly spread, where there are more."
-KINDS = {"dot": "two scales", "ring": "one scale", "square": "scale and zero point", "triangle": "another tool"}
+MAX_SMALL_CHARTS = 12  # cells that get a small chart of their own
+METHOD_COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3", "tune": "c5"}
+TOOL_COLOUR = "c4"
+SAMPLE_NOTE = f"Counted on {SAMPLED_LAYERS} layers and {SAMPLED_ROWS} rows of each, evenly spread, if there are more."
+SHAPE_MEANINGS = {"dot": "two scales", "ring": "one scale", "square": "scale and zero point"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart as SVG under its heading, which may be empty, and a few words in smaller letters."""
+
+    svg: Markup
+    heading: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, or several small ones, as SVG with the words around them as HTML."""
+    """A chart, or several small ones, with the words around them."""
 
     title: str
-    charts: tuple[tuple[str, str], ...]  # heading (may be empty), SVG
+    panels: tuple[Panel, ...]
     caption: str
     small: bool = False
 
@@ -39,31 +49,33 @@ def shape_of(cell: Cell) -> str:
 
 
 def colour_of(cell: Cell) -> str:
-    return COLOURS.get(cell.method, OTHERS)
+    return METHOD_COLOURS.get(cell.method, TOOL_COLOUR)
+
+
+def sample_of(cell: Cell) -> Markup:
+    """Draw the mark that stands for a cell in the charts."""
+    return shape_sample(shape_of(cell), colour_of(cell))
 
 
 def figures(results: Sequence[Result], groups: Sequence[Asymmetry]) -> list[Figure]:
-    """All that the results (the float model's first) have data for."""
+    """Return all figures that the results (the float model's first) have data for."""
     original, quantized = results[0], list(results[1:])
     found = []
     if quantized:
         front = pareto_front(quantized)
         ordered = [*front, *(r for r in quantized if r not in front)]  # the front is labelled first
         found += [_kl(ordered, front), _perplexity(ordered, original)]
-    found += [figure for figure in (_layers(quantized), _asymmetry(groups), _codes(quantized)) if figure.charts]
-    return found
+    return found + [f for f in (_layers(quantized), _asymmetry(groups), _codes(quantized)) if f.panels]
 
 
-def legend(results: Sequence[Result]) -> str:
-    """What colours and shapes mean, as HTML."""
+def legend(results: Sequence[Result]) -> list[tuple[Markup, str]]:
+    """Return the colours and shapes in use, and their meanings."""
     cells = [result.cell for result in results if not result.cell.is_float]
-    methods = [m for m in COLOURS if any(cell.method == m for cell in cells)]
-    entries = [(shape_sample("swatch", COLOURS[m]), m) for m in methods]
-    if any(cell.method not in COLOURS for cell in cells):
-        entries.append((shape_sample("triangle", OTHERS), KINDS["triangle"]))
-    ours = [kind for kind in KINDS if kind != "triangle" and any(shape_of(cell) == kind for cell in cells)]
-    entries += [(shape_sample(kind, ""), KINDS[kind]) for kind in ours]
-    return "".join(f"<span>{sample}{escape(text)}</span>" for sample, text in entries)
+    methods, shapes = {cell.method for cell in cells}, {shape_of(cell) for cell in cells}
+    entries = [(shape_sample("swatch", colour), m) for m, colour in METHOD_COLOURS.items() if m in methods]
+    if methods - METHOD_COLOURS.keys():
+        entries.append((shape_sample("triangle", TOOL_COLOUR), "another tool"))
+    return entries + [(shape_sample(shape, ""), text) for shape, text in SHAPE_MEANINGS.items() if shape in shapes]
 
 
 def _tip(result: Result) -> str:
@@ -77,7 +89,7 @@ def _tip(result: Result) -> str:
 def _mark(result: Result, y: float, error: float) -> Mark:
     cell = result.cell
     label = f"{cell.scheme} {cell.method}" if cell.ours is None else cell.scheme
-    error = error if error == error else 0.0  # NaN where there is one window
+    error = error if error == error else 0.0  # NaN for a single window
     return Mark(result.bits_per_weight, y, error, label, _tip(result), colour_of(cell), shape_of(cell))
 
 
@@ -87,7 +99,7 @@ def _kl(ordered: Sequence[Result], front: Sequence[Result]) -> Figure:
     corners = [(r.bits_per_weight, max(1000 * r.kl, least)) for r in front]
     chart = scatter(marks, "KL divergence against true bits", ("true bits per weight", "KL x 1000"), corners, log=True)
     return Figure(
-        "KL divergence against true bits", (("", chart),),
+        "KL divergence against true bits", (Panel(chart),),
         "How far each cell's predictions are from the float model's; lower is better. The line is the Pareto front, "
         "the bars are one standard error.",
     )  # fmt: skip
@@ -95,47 +107,40 @@ def _kl(ordered: Sequence[Result], front: Sequence[Result]) -> Figure:
 
 def _perplexity(ordered: Sequence[Result], original: Result) -> Figure:
     marks = [_mark(r, r.evaluation.perplexity, rise(r, original).error) for r in ordered]
-    corners = [(r.bits_per_weight, r.evaluation.perplexity) for r in _perplexity_front(ordered)]
+    corners = [
+        (r.bits_per_weight, r.evaluation.perplexity) for r in pareto_front(ordered, lambda r: r.evaluation.perplexity)
+    ]
     level = (original.evaluation.perplexity, "float")
     chart = scatter(marks, "Perplexity against true bits", ("true bits per weight", "perplexity"), corners, level)
     return Figure(
-        "Perplexity against true bits", (("", chart),),
+        "Perplexity against true bits", (Panel(chart),),
         "The line is the Pareto front. The bars are one standard error of the difference from the float model, window "
         "by window; the perplexity itself is less certain (see the table), but that is common to all cells.",
     )  # fmt: skip
 
 
-def _perplexity_front(results: Sequence[Result]) -> list[Result]:
-    front: list[Result] = []
-    for result in sorted(results, key=lambda r: (r.bits_per_weight, r.evaluation.perplexity)):
-        if not front or result.evaluation.perplexity < front[-1].evaluation.perplexity:
-            front.append(result)
-    return front
-
-
 def _layers(results: Sequence[Result]) -> Figure:
-    drawn = [r for r in results if r.layers][:MOST]
+    drawn = [r for r in results if r.layers][:MAX_SMALL_CHARTS]
     caption = (
         "Relative squared error of each layer: of its outputs where the method learned from text, else of its weights. "
-        f"Stronger squares are above the mean of their chart, the strongest {FACTOR:g} times and more."
+        f"Stronger squares are above the mean of their chart, the strongest {STRONGEST:g} times and more."
         + _left_out(results, len(drawn))
     )
-    return Figure("Error of each layer", tuple((_layer_heading(r), _layer_chart(r)) for r in drawn), caption, True)
+    return Figure("Error of each layer", tuple(map(_layer_panel, drawn)), caption, True)
 
 
 def _error(layer: LayerError) -> float:
     return layer.weight if layer.output is None else layer.output
 
 
-def _layer_heading(result: Result) -> str:
+def _layer_panel(result: Result) -> Panel:
     of = "outputs" if any(layer.output is not None for layer in result.layers) else "weights"
-    return (
-        f"{escape(str(result.cell))} <small>{of}, mean error {1000 * fmean(map(_error, result.layers)):.2f}e-3</small>"
-    )
+    note = f"{of}, mean error {1000 * fmean(map(_error, result.layers)):.2f}e-3"
+    return Panel(_layer_chart(result), str(result.cell), note)
 
 
-def _layer_chart(result: Result) -> str:
-    """Blocks from left to right, kinds of layers from top to bottom; the mean of several of a kind (experts)."""
+def _layer_chart(result: Result) -> Markup:
+    """Draw blocks from left to right, kinds of layers from top to bottom; the mean of several of a kind (experts)."""
     squares: dict[str, dict[int, list[float]]] = {}
     for layer in result.layers:
         match = re.fullmatch(r"\D*?\.?(\d+)\.(.+)", layer.module)
@@ -151,7 +156,7 @@ def _layer_chart(result: Result) -> str:
 
 def _asymmetry(groups: Sequence[Asymmetry]) -> Figure:
     step = 2 * EDGE / BINS
-    charts = []
+    panels = []
     for group in groups:
         total = sum(group.counts) or 1
         name = "a whole row" if group.group_size == -1 else f"{group.group_size} weights"
@@ -161,25 +166,25 @@ def _asymmetry(groups: Sequence[Asymmetry]) -> Figure:
         ]
         ticks = [(BINS * (i + 2) / 4, text) for i, text in ((-2, "-2"), (-1, "-1"), (0, "0"), (1, "1"), (2, "2"))]
         chart = bars(group.counts, f"log2 of max against |min|, groups of {name}", ticks, tips)
-        charts.append((f"groups of {name} <small>{100 * group.lopsided:.0f} % lopsided</small>", chart))
+        panels.append(Panel(chart, f"groups of {name}", f"{100 * group.lopsided:.0f} % lopsided"))
     caption = (
         "log2 of the largest weight against the most negative one, in each group of the float model: at 0 both sides "
         f"reach equally far, at 1 the positive side twice as far. Lopsided: one side at least {LOPSIDED:g} times the "
-        f"other. One scale wastes codes on the shorter side; two scales do not. {SAMPLE}"
+        f"other. One scale wastes codes on the shorter side; two scales do not. {SAMPLE_NOTE}"
     )
-    return Figure("How lopsided the groups are", tuple(charts), caption, True)
+    return Figure("How lopsided the groups are", tuple(panels), caption, True)
 
 
 def _codes(results: Sequence[Result]) -> Figure:
-    drawn = [r for r in results if r.codes][:MOST]
+    drawn = [r for r in results if r.codes][:MAX_SMALL_CHARTS]
     caption = (
         "Share of the weights that got each code, lowest value first. The bits a code carries (its entropy) fall short "
-        f"of the bits it takes where codes are used unevenly. {SAMPLE}" + _left_out(results, len(drawn))
+        f"of the bits it takes where codes are used unevenly. {SAMPLE_NOTE}" + _left_out(results, len(drawn))
     )
-    return Figure("Which codes are used", tuple(_code_chart(r) for r in drawn), caption, True)
+    return Figure("Which codes are used", tuple(map(_code_panel, drawn)), caption, True)
 
 
-def _code_chart(result: Result) -> tuple[str, str]:
+def _code_panel(result: Result) -> Panel:
     scheme = result.cell.ours
     assert scheme is not None  # only our own cells count codes
     values, total = scheme.format.values, sum(result.codes) or 1
@@ -189,10 +194,10 @@ def _code_chart(result: Result) -> tuple[str, str]:
     ticks = [(0.5, f"{values[0]:.3g}"), (len(values) - 0.5, f"{values[-1]:.3g}")]
     if zero is not None and not scheme.zero_point:
         ticks.append((zero + 0.5, "0"))
-    heading = f"{escape(str(result.cell))} <small>{entropy(result.codes):.2f} of {scheme.format.bits} bits</small>"
-    return heading, bars(result.codes, f"use of codes, {result.cell}", ticks, tips)
+    note = f"{entropy(result.codes):.2f} of {scheme.format.bits} bits"
+    return Panel(bars(result.codes, f"use of codes, {result.cell}", ticks, tips), str(result.cell), note)
 
 
 def _left_out(results: Sequence[Result], drawn: int) -> str:
     more = sum(1 for r in results if r.layers) - drawn
-    return f" Shown are {drawn} cells; the others are in report.json." if drawn == MOST and more > 0 else ""
+    return f" Shown are {drawn} cells; the others are in report.json." if drawn == MAX_SMALL_CHARTS and more > 0 else ""

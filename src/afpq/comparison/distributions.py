@@ -19,12 +19,12 @@ T = TypeVar("T")
 EDGE = 2.0  # histograms reach from log2 ratio -2 to 2; what lies beyond is counted in the outermost bins
 BINS = 40
 SAMPLED_LAYERS, SAMPLED_ROWS = 48, 512  # what is counted at most, of each model and of each layer
-LOPSIDED = 1.1  # a group counts as lopsided where one side reaches further than the other by this factor
+LOPSIDED = 1.1  # a group counts as lopsided if one side reaches further than the other by this factor
 
 
 @dataclass(frozen=True)
 class Asymmetry:
-    """Of groups of `group_size` weights: `counts` of log2(max / |min|) in BINS equal bins over [-EDGE, EDGE].
+    """A histogram over groups of `group_size` weights: counts of log2(max / |min|) in BINS bins over [-EDGE, EDGE].
 
     `lopsided` is the share of groups whose longer side is LOPSIDED times the shorter one or more, or that have only
     one side. Groups of zeros are left out.
@@ -36,7 +36,7 @@ class Asymmetry:
 
 
 def asymmetry(weights: Sequence[Tensor], group_size: int) -> Asymmetry:
-    """Of float weights [rows, in]. Raises AfpqError for NaN or Inf."""
+    """Count over float weights [rows, in]. Raises AfpqError for NaN or Inf."""
     scheme = Scheme(FORMATS["nf4"], group_size)
     ratios = torch.cat([log_ratios(weight, scheme) for weight in weights])
     counts = torch.histc(ratios.clamp(-EDGE, EDGE), BINS, -EDGE, EDGE).long()
@@ -45,30 +45,30 @@ def asymmetry(weights: Sequence[Tensor], group_size: int) -> Asymmetry:
 
 
 def log_ratios(weight: Tensor, scheme: Scheme) -> Tensor:
-    """log2(max / |min|) of every group that is not all zero, float32 [n]; infinite where a side has no weights."""
+    """Compute log2(max / |min|) of every group that is not all zero, float32 [n]; infinite if a side has no weights."""
     low, high = (side.flatten() for side in extremes(weight.float(), scheme))
     some = (low > 0) | (high > 0)
     return high[some].log2() - low[some].log2()
 
 
 def code_counts(codes: Tensor, size: int) -> Tensor:
-    """How often each of `size` codes is in a tensor of them, int64 [size]."""
+    """Count how often each of `size` codes is in a tensor of codes, int64 [size]."""
     return torch.bincount(codes.flatten(), minlength=size)
 
 
 def entropy(counts: Sequence[int]) -> float:
-    """Bits a code carries on average; equal to its width only where all codes are used alike."""
+    """Compute the bits a code carries on average; equal to its width only if all codes are used alike."""
     share = torch.tensor(counts, dtype=torch.float64)
     share = share[share > 0] / share.sum()
     return -(share * share.log2()).sum().item() + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, at equal distances."""
+    """Return at most so many of the items, at equal distances."""
     count = min(most, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
 def some_rows(weight: Tensor, most: int) -> Tensor:
-    """At most so many rows of [rows, in], at equal distances."""
+    """Return at most so many rows of [rows, in], at equal distances."""
     return weight[spread(range(len(weight)), most)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the results of a comparison say, in plain words, and no more than their standard errors allow.
+"""What the results of a comparison show, in sentences, and no more than their standard errors allow.
 
 Two cells are compared window by window: which text is hard is common to both, so their difference is known far better
 than either figure. Where it is less than twice its standard error, the words are "no difference beyond the noise".
@@ -8,7 +8,7 @@ than either figure. Where it is less than twice its standard error, the words ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from afpq.comparison.cells import Cell, Result
@@ -21,7 +21,7 @@ EQUAL_BITS = 0.01  # true bits that count as the same
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of first - second over the windows, and its standard error (NaN for a single window)."""
+    """The mean of first - second over the windows, and its standard error (NaN for a single window)."""
 
     mean: float
     error: float
@@ -32,7 +32,7 @@ class Difference:
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Of two cells' figures of the same windows; at least one window."""
+    """Compare two cells' figures of the same windows; at least one window."""
     deltas = [a - b for a, b in zip(first, second, strict=True)]
     mean = math.fsum(deltas) / len(deltas)
     if len(deltas) < 2:
@@ -42,22 +42,22 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def kl_difference(first: Result, second: Result) -> Difference:
-    """KL of the first minus KL of the second, in nats per token."""
+    """Return KL of the first minus KL of the second, in nats per token."""
     return difference(first.window_divergences, second.window_divergences)
 
 
 def rise(result: Result, original: Result) -> Difference:
-    """Perplexity minus the float model's; the error is that of the paired losses, to first order."""
+    """Return perplexity minus the float model's; the error is that of the paired losses, to first order."""
     loss = difference(result.window_losses, original.window_losses)
     mean = result.evaluation.perplexity - original.evaluation.perplexity
     return Difference(mean, result.evaluation.perplexity * loss.error)
 
 
-def pareto_front(results: Iterable[Result]) -> list[Result]:
-    """Those that none beats or equals in both true bits and KL, by rising bits; of equal ones the first."""
+def pareto_front(results: Iterable[Result], loss: Callable[[Result], float] = lambda r: r.kl) -> list[Result]:
+    """Return the results that none beats or equals in true bits and loss, by rising bits; of equal ones the first."""
     front: list[Result] = []
-    for result in sorted(results, key=lambda r: (r.bits_per_weight, r.kl)):
-        if not front or result.kl < front[-1].kl:
+    for result in sorted(results, key=lambda r: (r.bits_per_weight, loss(r))):
+        if not front or loss(result) < loss(front[-1]):
             front.append(result)
     return front
 
@@ -66,7 +66,7 @@ def pareto_front(results: Iterable[Result]) -> list[Result]:
 class Pair:
     """Two scales against something else at equal or nearly equal true bits, by the same method.
 
-    `other` is None where that cell was not measured; `wanted` names it.
+    `other` is None if that cell was not measured; `wanted` names it.
     """
 
     kind: str
@@ -76,7 +76,7 @@ class Pair:
 
 
 def pairs(results: Sequence[Result]) -> list[Pair]:
-    """For every cell with two scales: one scale at half the group, and the zero points nearest in true bits."""
+    """Find, for every cell with two scales, one scale at half the group, and the zero points nearest in true bits."""
     by_cell = {result.cell: result for result in results}
     found = []
     for result in results:
@@ -101,7 +101,7 @@ def _is_zero_point(cell: Cell, method: str, like: Scheme) -> bool:
 
 
 def verdict(pair: Pair) -> str:
-    """Who is better by how much, or that nobody can tell."""
+    """State which is better by how much, or that the difference is not significant."""
     if pair.other is None:
         return f"not measured: add {pair.wanted.scheme} to see"
     delta, base = kl_difference(pair.two, pair.other), pair.other.kl
@@ -114,7 +114,7 @@ def verdict(pair: Pair) -> str:
 
 
 def bits_text(pair: Pair) -> str:
-    """Whether the two have the same size, in words."""
+    """State whether the two have the same size."""
     if pair.other is None:
         return ""
     gap = pair.other.bits_per_weight - pair.two.bits_per_weight
@@ -124,7 +124,7 @@ def bits_text(pair: Pair) -> str:
 
 
 def best_by_width(results: Iterable[Result]) -> dict[int, list[Result]]:
-    """Whole bits -> the cell of lowest KL among those of so many and a fraction, then all it does not surely beat."""
+    """Return whole bits -> the cell of lowest KL with so many and a fraction, then all it does not surely beat."""
     widths: dict[int, list[Result]] = {}
     for result in sorted(results, key=lambda r: r.kl):
         widths.setdefault(int(result.bits_per_weight), []).append(result)
@@ -135,11 +135,11 @@ def best_by_width(results: Iterable[Result]) -> dict[int, list[Result]]:
 
 
 def sentences(results: Sequence[Result]) -> list[str]:
-    """The findings, most important first. `results` starts with the float model."""
+    """Write the findings, most important first. `results` starts with the float model."""
     quantized = [result for result in results if not result.cell.is_float]
     if not quantized:
         return []
-    said = []
+    findings = []
     for width, (best, *equals) in best_by_width(quantized).items():
         text = (
             f"Best with {width} bits and a fraction: {best.cell} ({best.bits_per_weight:.3f} true bits, "
@@ -147,18 +147,18 @@ def sentences(results: Sequence[Result]) -> list[str]:
         )
         if equals:
             text += f"; within the noise of it: {', '.join(_with_bits(r) for r in equals)}"
-        said.append(f"{text}.")
+        findings.append(f"{text}.")
     front = pareto_front(quantized)
     names = ", ".join(_with_bits(r) for r in front)
     rest = "; every other cell has one beside it with no more bits and no higher KL"
     beaten = rest if len(front) < len(quantized) else ""
-    said.append(f"On the Pareto front of KL against true bits: {names}{beaten}.")
+    findings.append(f"On the Pareto front of KL against true bits: {names}{beaten}.")
     for pair in pairs(quantized):
         if pair.other is None:
-            said.append(f"{pair.two.cell} against {pair.kind}: {verdict(pair)}.")
+            findings.append(f"{pair.two.cell} against {pair.kind}: {verdict(pair)}.")
         else:
-            said.append(f"{pair.two.cell} against {pair.other.cell}, {bits_text(pair)}: {verdict(pair)}.")
-    return said
+            findings.append(f"{pair.two.cell} against {pair.other.cell}, {bits_text(pair)}: {verdict(pair)}.")
+    return findings
 
 
 def _with_bits(result: Result) -> str:

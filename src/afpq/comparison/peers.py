@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Other quantizers, to measure beside ours: a weight in, their approximation of it out, and the bytes they store.
+"""Other quantizers, to measure together with ours: a weight in, an approximation of it out, and the bytes stored.
 
 Their approximations are put into the same float model, so that kernels play no role. Each is imported when it is used,
 and only those that are installed are run. Settings are the tools' own defaults or what their users choose most.
@@ -33,7 +33,7 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        """Of the package; None where it is not installed."""
+        """The package's version; None if it is not installed."""
         try:
             return version(self.package)
         except PackageNotFoundError:
@@ -50,7 +50,7 @@ def _bitsandbytes(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, int]
 
 
 def _hqq(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
-    """Scale and zero point in float16, as its layers hold them."""
+    """Quantize with scale and zero point in float16, as its layers hold them."""
     quantizer: Any = import_module("hqq.core.quantize").Quantizer
     packed, meta = quantizer.quantize(
         weight, nbits=bits, group_size=group, axis=1, compute_dtype=torch.float32, device=str(weight.device)
@@ -62,7 +62,7 @@ def _hqq(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
 
 
 def _torchao(weight: Tensor, group: int) -> tuple[Tensor, int]:
-    """As its 4-bit weight-only schemes for CPUs round: a scale (2 bytes) and a zero point (1 byte) for each group."""
+    """Round as its 4-bit weight-only schemes for CPUs do: a scale (2 bytes) and a zero point (1) for each group."""
     affine: Any = import_module("torchao.quantization.quant_primitives")
     block, kind = (1, group), affine.MappingType.ASYMMETRIC
     scale, zero = affine.choose_qparams_affine(weight, kind, block, torch.uint8, 0, 15, scale_dtype=torch.float16)
@@ -87,7 +87,7 @@ PEERS = (
 
 
 def installed_peers() -> list[Peer]:
-    """Those that can be run here. Raises AfpqError, with what to install, where there are none."""
+    """Return the peers that can be run here. Raises AfpqError, with what to install, if there are none."""
     found = [peer for peer in PEERS if peer.version is not None]
     if not found:
         names = dict.fromkeys(peer.package for peer in PEERS)
@@ -96,15 +96,15 @@ def installed_peers() -> list[Peer]:
 
 
 def missing_packages() -> list[str]:
-    """Packages of peers that are not installed."""
+    """Return the packages of peers that are not installed."""
     return list(dict.fromkeys(peer.package for peer in PEERS if peer.version is None))
 
 
 @torch.no_grad()
 def approximate(peer: Peer, name: str, weight: Tensor) -> tuple[Tensor, int]:
-    """(the peer's approximation in the weight's dtype, bytes stored) of the weight of the layer `name`.
+    """Return (the peer's approximation in the weight's dtype, bytes stored) of the weight of the layer `name`.
 
-    Raises AfpqError that names both where the tool cannot do it.
+    Raises AfpqError that names both if the tool cannot do it.
     """
     if weight.shape[-1] % peer.multiple:
         raise AfpqError(f"{name}: {peer.package} {peer.scheme} cannot divide rows of {weight.shape[-1]} into groups")

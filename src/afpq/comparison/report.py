@@ -19,15 +19,15 @@ from afpq.errors import AfpqError
 def write_comparison(
     directory: Path, about: About, results: Sequence[Result], groups: Sequence[Asymmetry]
 ) -> list[Path]:
-    """Returns what was written. `results` starts with the float model. Raises AfpqError where it cannot be written."""
-    title, said = f"{about.model}: {len(results) - 1} ways to quantize it", sentences(results)
+    """Write the files and return their paths. `results` starts with the float model. Raises AfpqError on failure."""
+    title, findings = f"{about.model}: {len(results) - 1} ways to quantize it", sentences(results)
     written = [directory / f"report.{kind}" for kind in ("html", "md", "json")]
     try:
-        write_whole(written[0], page(title, said, about, results, groups).encode())
-        write_whole(written[1], markdown(title, said, about, results).encode())
+        write_whole(written[0], page(title, findings, about, results, groups).encode())
+        write_whole(written[1], markdown(title, findings, about, results).encode())
         value = {
             "title": title,
-            "findings": said,
+            "findings": findings,
             "measured": about.lines(),
             "cells": [result.to_json() for result in in_order(results)],
             "asymmetry": [asdict(group) for group in groups],

@@ -21,7 +21,7 @@ PAIR_HEADER = ("two scales", "against", "true bits", "KL x 1000, difference", "v
 
 @dataclass(frozen=True)
 class About:
-    """What was compared on what, in words, for the report's readers."""
+    """A description of what was compared, and on what, for the report's readers."""
 
     model: str
     text: str
@@ -32,7 +32,7 @@ class About:
     notes: tuple[str, ...] = ()
 
     def head(self, original: Result) -> str:
-        """What it is about, in a line."""
+        """Describe the measurement in a line."""
         count, length = self.windows
         perplexity = plus_minus(original.evaluation.perplexity, original.evaluation.standard_error, least=2)
         return f"On {self.text}, {count} windows of {length} tokens; perplexity of the float model: {perplexity}."
@@ -56,12 +56,12 @@ class About:
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
-    """The float model, then by true bits (to three digits) and KL."""
+    """Sort: the float model, then by true bits (to three digits) and KL."""
     return sorted(results, key=lambda r: (not r.cell.is_float, round(r.bits_per_weight, 3), r.kl))
 
 
 def row(result: Result, original: Result) -> tuple[str, ...]:
-    """In the order of HEADER; empty where there is nothing to tell."""
+    """Write a result in the order of HEADER; empty where there is no figure."""
     e = result.evaluation
     same = result.cell.is_float
     seconds = "" if result.seconds is None else f"{result.seconds:.1f}"
@@ -78,14 +78,14 @@ def row(result: Result, original: Result) -> tuple[str, ...]:
 
 
 def plus_minus(value: float, error: float, sign: bool = False, least: int = 0) -> str:
-    """To the error's second digit, but at least so many behind the point; two where there is no error."""
+    """Round to the error's second digit, but at least `least` decimals; two if there is no error."""
     digits = 2 if not math.isfinite(error) or error <= 0 else min(4, max(least, 1 - math.floor(math.log10(error))))
     number = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     return number if not math.isfinite(error) else f"{number} ±{error:.{digits}f}"
 
 
 def pair_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """Two scales against one and against zero points, in the order of PAIR_HEADER."""
+    """Compare two scales with one and with zero points, in the order of PAIR_HEADER."""
     rows: list[tuple[str, ...]] = []
     for pair in pairs([result for result in results if not result.cell.is_float]):
         if pair.other is None:
@@ -99,14 +99,14 @@ def pair_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 
 def on_front(results: Sequence[Result]) -> set[str]:
-    """Names of the cells on the Pareto front."""
+    """Return the names of the cells on the Pareto front."""
     return {str(result.cell) for result in pareto_front(r for r in results if not r.cell.is_float)}
 
 
-def markdown(title: str, said: Sequence[str], about: About, results: Sequence[Result]) -> str:
-    """The whole report but for the charts."""
+def markdown(title: str, findings: Sequence[str], about: About, results: Sequence[Result]) -> str:
+    """Write the whole report, except the charts."""
     original, front = results[0], on_front(results)
-    lines = [f"# {title}", "", about.head(original), "", *(f"- {sentence}" for sentence in said), ""]
+    lines = [f"# {title}", "", about.head(original), "", *(f"- {sentence}" for sentence in findings), ""]
     rows = [row(result, original) for result in in_order(results)]
     starred = [(f"**{r[0]}**" if f"{r[0]} {r[1]}" in front else r[0], *r[1:]) for r in rows]
     lines += [table(HEADER, starred, TEXT_COLUMNS), "", "Bold: on the Pareto front of KL against true bits.", ""]

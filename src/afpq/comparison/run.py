@@ -8,61 +8,37 @@ DIRECTORY/models and kept.
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from afpq.checkpoint.atomic_files import digest_value
-from afpq.checkpoint.info import model_info
 from afpq.checkpoint.lock import locked
-from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, LayerError, Result, changes, load, save
-from afpq.comparison.distributions import (
-    SAMPLED_LAYERS,
-    SAMPLED_ROWS,
-    Asymmetry,
-    asymmetry,
-    code_counts,
-    some_rows,
-    spread,
-)
-from afpq.comparison.peers import Peer, approximate, missing_packages
+from afpq.comparison.cells import CALIBRATION, Result, changes, load, save
+from afpq.comparison.distributions import SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, asymmetry, some_rows, spread
+from afpq.comparison.measure_cell import Meter, Progress
+from afpq.comparison.peers import missing_packages
 from afpq.comparison.rows import About
-from afpq.comparison.speed import compare_speed
 from afpq.comparison.tasks import Agenda, Question, Task
 from afpq.errors import AfpqError
-from afpq.evaluation.loading import load_model
-from afpq.evaluation.perplexity import TokenScores, logits_of, measure
-from afpq.jobs.execute import LOG_NAME, execute
-from afpq.jobs.prepare import Job
-from afpq.model.blocks import find_linears
-from afpq.model.linear import AfpqLinear
-from afpq.model.skeleton import build_skeleton
-from afpq.model.unfuse import unfuse
 
-SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
-KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell
+SMALL_MODEL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 
-Progress = Callable[[str, float], None]  # (what is done now, share of all cells done)
 Note = Callable[[str], None]
 
 
 class Comparison:
-    """An agenda being carried out in a directory; `left_out` tells in words what could not be.
+    """An agenda being executed in a directory; `left_out` describes the cells that could not be measured.
 
-    Raises AfpqError where the directory cannot be written.
+    Raises AfpqError if the directory cannot be written.
     """
 
     def __init__(self, question: Question, agenda: Agenda, directory: Path) -> None:
         self.question, self.agenda = question, agenda
         self.left_out = list(agenda.left_out)
+        self._meter = Meter(question, agenda)
         self.directory = directory
         self.cells = directory / "cells"
         self.models = directory / ("models" if question.keep else "work")
@@ -72,7 +48,7 @@ class Comparison:
             raise AfpqError(f"{directory}: cannot write the report: {error.strerror or error}") from None
 
     def run(self, progress: Progress, note: Note) -> list[Result]:
-        """The float model's result, those of all cells asked for, then earlier ones of the same model and text.
+        """Return the float model's result, those of all cells asked for, then earlier ones of the same model and text.
 
         Raises AfpqError while another run works in the directory.
         """
@@ -100,11 +76,11 @@ class Comparison:
         return results + self._earlier(results, note)
 
     def _place(self, task: Task) -> Path:
-        """Where a quantized model is made; another setting has another place, so none goes on from the wrong one."""
+        """Return the directory for a quantized model: one for each setting, so that none resumes from another's."""
         return self.models / f"{task.cell.file_name}-{digest_value(task.fingerprint)[:8]}"
 
     def _finished(self, task: Task, note: Note) -> Result | None:
-        """The result of an earlier run, where it is of the same model, text and setting."""
+        """Return the result of an earlier run if it is of the same model, text and setting."""
         found = load(self.cells / f"{task.cell.file_name}.json")
         if found is None:
             return None
@@ -118,7 +94,7 @@ class Comparison:
         return result
 
     def _earlier(self, results: list[Result], note: Note) -> list[Result]:
-        """Cells of earlier runs that were not asked for, of the same model, text and calibration."""
+        """Return cells of earlier runs that were not asked for, of the same model, text and calibration."""
         wanted = {**self.agenda.tasks[0].fingerprint}
         for task in self.agenda.tasks:
             wanted |= {key: value for key, value in task.fingerprint.items() if key == CALIBRATION}
@@ -137,109 +113,37 @@ class Comparison:
 
     def _measure(self, task: Task, step: Progress, note: Note) -> Result | None:
         if task.job is not None:
-            return self._measure_ours(task, task.job, step)
+            place = self._place(task)
+            result = self._meter.measure_job(task.cell, task.job, place, step)
+            if not self.question.keep:
+                shutil.rmtree(place)
+            return result
         if task.peer is None:
-            return self._measure_float(step)
+            return self._meter.measure_float(step)
         try:
-            return self._measure_peer(task.cell, task.peer, step)
-        except AfpqError as error:  # another tool's trouble is no reason to stop, but is told
+            return self._meter.measure_peer(task.cell, task.peer, step)
+        except AfpqError as error:  # another tool's trouble is no reason to stop, but is reported
             self.left_out.append(str(error))
             note(f"left out: {error}")
             return None
 
-    @cached_property
-    def _original(self) -> Any:
-        """The float model; loaded only when a cell has to be measured."""
-        return load_model(self.question.model, self.question.trust_remote_code)
-
-    @cached_property
-    def _kept_logits(self) -> list[Tensor] | None:
-        vocabulary = self._original.config.get_text_config().vocab_size
-        if 4 * vocabulary * self.agenda.windows.numel() > KEPT_LOGITS:
-            return None
-        return [logits.cpu() for logits in logits_of(self._original, self.agenda.windows)]
-
-    def _reference(self) -> Iterable[Tensor]:
-        kept = self._kept_logits
-        return logits_of(self._original, self.agenda.windows) if kept is None else kept
-
-    def _measure_float(self, step: Progress) -> Result:
-        info = model_info(self.question.model, self.question.trust_remote_code)
-        seen = measure(self._original, self.agenda.windows, None, lambda i, n: step("measuring", i / n))
-        speed, rate = compare_speed(self._original, None, self.agenda.windows[0])
-        return _result(FLOAT, seen, info.bits_per_weight, 0.0, info.file_bytes, speed=speed, tokens_per_second=rate)
-
-    def _measure_ours(self, task: Task, job: Job, step: Progress) -> Result:
-        place, trust = self._place(task), self.question.trust_remote_code
-        fresh = not place.exists() and not place.with_name(f"{place.name}.partial").exists()
-        # Calibration fills the architecture with weights, so each job gets its own.
-        job = replace(job, model=build_skeleton(job.plan.checkpoint.directory, trust))
-        start = time.perf_counter()
-        if not place.exists():
-            execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", 0.6 * done / total))
-        seconds = time.perf_counter() - start if fresh else None
-        info, model = model_info(place, trust), load_model(place, trust)
-        seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
-        speed, rate = compare_speed(model, self._original, self.agenda.windows[0])
-        result = _result(
-            task.cell, seen, info.bits_per_weight, info.coverage, info.file_bytes,
-            seconds=seconds, speed=speed, tokens_per_second=rate, layers=_layer_errors(place), codes=_used_codes(model),
-            calibration=self._learned_from(job),
-        )  # fmt: skip
-        if not self.question.keep:
-            shutil.rmtree(place)
-        return result
-
-    def _learned_from(self, job: Job) -> str | None:
-        if job.windows is None:
-            return None
-        return f"{self.question.calibration_name}, {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens"
-
-    def _measure_peer(self, cell: Cell, peer: Peer, step: Progress) -> Result:
-        """Its approximation of every weight we would quantize, put into another copy of the float model."""
-        infos, targets = self.agenda.first.plan.checkpoint.tensors, self.agenda.first.plan.targets
-        model = load_model(self.question.model, self.question.trust_remote_code)
-        unfuse(model)
-        linears, errors, packed = dict(find_linears(model)), [], 0
-        start = time.perf_counter()
-        for index, target in enumerate(targets):
-            step("quantizing", 0.6 * index / len(targets))
-            weight = linears[target.module].weight
-            back, size = approximate(peer, target.module, weight)
-            packed += size
-            errors.append(LayerError(target.module, _relative_error(weight, back)))
-            weight.data = back
-        seconds = time.perf_counter() - start
-        seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
-        elements = sum(target.elements for target in targets)
-        files = sum(file.stat().st_size for file in {info.file for info in infos.values()})
-        size = files - sum(infos[t.source.tensor].dtype.itemsize * t.elements for t in targets) + packed
-        coverage = self.agenda.first.plan.coverage
-        return _result(cell, seen, 8 * packed / elements, coverage, size, seconds=seconds, layers=tuple(errors))
-
-
-def _result(cell: Cell, seen: TokenScores, bits: float, coverage: float, file_bytes: int, **others: Any) -> Result:
-    divergences = () if seen.divergences is None else tuple(seen.divergences.mean(1).tolist())
-    losses = tuple(seen.losses.mean(1).tolist())
-    return Result(cell, bits, coverage, file_bytes, seen.evaluation(), losses, divergences, **others)
-
 
 def describe(result: Result) -> str:
-    """A finished cell in a line."""
+    """Describe a finished cell in a line."""
     e = result.evaluation
     kl = "" if e.kl_divergence is None else f", KL x 1000 {1000 * e.kl_divergence:.2f}"
     return f"{result.cell}: {result.bits_per_weight:.3f} bits, perplexity {e.perplexity:.3f}{kl}"
 
 
 def describe_setting(comparison: Comparison, results: Sequence[Result]) -> About:
-    """What was measured on what, for the report."""
+    """Describe for the report what was measured, and on what."""
     agenda, question = comparison.agenda, comparison.question
-    learned = "; ".join(dict.fromkeys(result.calibration for result in results if result.calibration)) or None
+    calibration = "; ".join(dict.fromkeys(result.calibration for result in results if result.calibration)) or None
     notes = [f"Left out: {reason}." for reason in comparison.left_out]
     missing = missing_packages() if question.peers else []
     if missing:
         notes.append(f"Other tools that were not installed: {', '.join(missing)}.")
-    if agenda.first.plan.input_bytes < SMALL:
+    if agenda.first.plan.input_bytes < SMALL_MODEL:
         notes.append("A model as small as this spends its time on overhead: its speed says little about larger ones.")
     threads = f"{torch.get_num_threads()} threads, float32 for the float model"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads}"
@@ -248,41 +152,15 @@ def describe_setting(comparison: Comparison, results: Sequence[Result]) -> About
         Path(question.model).name,
         question.text_name,
         windows,
-        learned,
+        calibration,
         machine,
         agenda.first.plan.coverage,
         tuple(notes),
     )
 
 
-def _layer_errors(directory: Path) -> tuple[LayerError, ...]:
-    """What a quantized model's log says of its layers."""
-    logs = [json.loads(line) for line in (directory / LOG_NAME).read_text("utf-8").splitlines() if line]
-    return tuple(
-        LayerError(log["module"], log["weight_error"], log.get("output_error_before"), log.get("output_error"))
-        for log in logs
-    )
-
-
-def _relative_error(weight: Tensor, back: Tensor) -> float:
-    """sum (w - w_hat)^2 / sum w^2, as in pipeline.py; 0 for a weight of zeros."""
-    total = weight.detach().float().square().sum().item()
-    return (back.float() - weight.detach().float()).square().sum().item() / total if total else 0.0
-
-
-def _used_codes(model: Any) -> tuple[int, ...]:
-    """How often each code is used, in a sample of layers and rows."""
-    layers = spread([m for m in model.modules() if isinstance(m, AfpqLinear)], SAMPLED_LAYERS)
-    counts = sum(
-        code_counts(some_rows(layer.quantized_weight().codes, SAMPLED_ROWS), len(layer.scheme.format.values))
-        for layer in layers
-    )
-    assert isinstance(counts, Tensor)
-    return tuple(counts.tolist())
-
-
 def asymmetries(agenda: Agenda, results: Sequence[Result]) -> list[Asymmetry]:
-    """How lopsided the float weights' groups are, for each group size in the results; counted on a sample."""
+    """Measure how lopsided the float weights' groups are, for each group size in the results; counted on a sample."""
     checkpoint = agenda.first.plan.checkpoint
     schemes = [result.cell.ours for result in results]
     sizes = sorted({scheme.group_size for scheme in schemes if scheme is not None}, key=lambda size: (size == -1, size))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How fast a model generates, as a ratio to another one measured beside it."""
+"""How fast a model generates, as a ratio to another one measured in turns with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROMPT, GENERATED, ROUNDS = 16, 24, 3  # tokens given, tokens generated, and how
 
 @torch.no_grad()
 def generation_seconds(model: Any, window: Tensor) -> float:
-    """Seconds for a token of greedy generation after the start of `window`."""
+    """Measure the seconds for a token of greedy generation after the start of `window`."""
     prompt = window[: max(1, min(PROMPT, len(window) // 2))][None].to(model.device)
     count = max(1, min(GENERATED, len(window) - prompt.shape[1]))
     cache, ids = None, prompt
@@ -34,7 +34,7 @@ def _wait(model: Any) -> None:
 
 
 def compare_speed(model: Any, original: Any | None, window: Tensor) -> tuple[float | None, float | None]:
-    """(how many times as fast as the original the model generates, its tokens per second).
+    """Return (how many times as fast as the original the model generates, its tokens per second).
 
     Both take turns and the best of each counts, for machines are never quiet. Without an original the ratio is 1. Both
     figures are None for a model that does not take and give a cache as most do: no reason to lose its other figures.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Small charts as SVG text: marks over two axes, bars, and grids of shaded squares.
+"""Small charts as SVG: marks over two axes, bars, and grids of shaded squares.
 
-Colours come from classes (`c0`, `c1`, ...) and `currentColor`, so the page around decides them, light or dark. Every
-mark has a <title>, which browsers show as a tooltip and screen readers read.
+Colours come from classes (`c0`, `c1`, ...) and `currentColor`, so the page decides them, light or dark. Every mark has
+a <title>, which browsers show as a tooltip and screen readers read. Matplotlib, an optional package, would draw the
+axes, but place no labels, and its SVG has neither of the two.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from markupsafe import Markup
 
 LETTER = 6.1  # width of a letter of a label, in the units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36  # room around the plot
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-SHAPES = ("dot", "ring", "square", "triangle")
-PLACES = (  # of a label around its mark, best first
+LABEL_PLACES = (  # around the mark, best first
     (8, 3.5, "start"), (-8, 3.5, "end"), (0, -9, "middle"), (0, 15, "middle"),
     (6, -7, "start"), (-6, -7, "end"), (6, 14, "start"), (-6, 14, "end"),
 )  # fmt: skip
-FACTOR = 2.0  # a heat map is strongest at this many times the mean, and weakest at the mean divided by it
+_CIRCLE = "M-4.4 0a4.4 4.4 0 1 0 8.8 0a4.4 4.4 0 1 0-8.8 0Z"
+SHAPES = {
+    "dot": _CIRCLE, "ring": _CIRCLE, "square": "M-4-4h8v8h-8Z", "triangle": "M0-5L5 4H-5Z", "swatch": "M-7-3H7V3H-7Z",
+}  # fmt: skip
+STRONGEST = 2.0  # a heat map is strongest at this many times the mean, and weakest at the mean divided by it
 
 
 @dataclass(frozen=True)
@@ -63,113 +69,130 @@ def scatter(
     front: Sequence[tuple[float, float]] = (),
     level: tuple[float, str] | None = None,
     log: bool = False,
-) -> str:
-    """Marks with error bars, a staircase through `front`, a dashed line at `level`; `log`: y > 0, logarithmic."""
+) -> Markup:
+    """Draw marks with error bars, a staircase through `front`, a dashed line at `level`; `log`: y > 0, logarithmic."""
     xs = [m.x for m in marks]
     ys = [y for m in marks for y in (m.y - m.error, m.y + m.error) if not log or y > 0] + [m.y for m in marks]
     ys += [level[0]] if level else []
-    frame = _Frame(400, 300, _padded(min(xs), max(xs)), _log_padded(ys) if log else _padded(min(ys), max(ys)), log)
-    parts = [*_axes(frame, axes)]
+    y_range = (min(ys) / 1.25, max(ys) * 1.35) if log else _padded(min(ys), max(ys))
+    frame = _Frame(400, 300, _padded(min(xs), max(xs)), y_range, log)
+    svg = _svg(frame.width, frame.height, title)
+    _add_axes(svg, frame, axes)
     if level:
         y = frame.y(level[0])
-        parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{frame.width - RIGHT}"/>')
-        parts.append(_text(LEFT + 4, y - 4, level[1], "start"))
+        _add(svg, "path", class_="level", d=f"M{LEFT} {y:.1f}H{frame.width - RIGHT}")
+        _add_text(svg, LEFT + 4, y - 4, level[1], "start")
     corners = [(frame.x(x), frame.y(y)) for x, y in front]
-    if front:
+    if corners:
         steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:])
-        parts.append(f'<path class="front" d="M{corners[0][0]:.1f} {corners[0][1]:.1f}{steps}"/>')
+        _add(svg, "path", class_="front", d=f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{steps}")
     placed = [(frame.x(m.x), frame.y(m.y)) for m in marks]
     for mark, (x, y) in zip(marks, placed):
-        low = frame.y(max(mark.y - mark.error, frame.y_range[0]))
-        bar = f'<path class="error" d="M{x:.1f} {low:.1f}V{frame.y(mark.y + mark.error):.1f}"/>' if mark.error else ""
-        parts.append(f'<g class="{mark.colour}"><title>{escape(mark.tip)}</title>{bar}{_shape(mark.shape, x, y)}</g>')
-    parts += _labels(marks, placed, corners, frame)
-    return _svg(frame.width, frame.height, title, parts)
+        group = _add(svg, "g", mark.tip, class_=mark.colour)
+        if mark.error:
+            low = frame.y(max(mark.y - mark.error, frame.y_range[0]))
+            _add(group, "path", class_="error", d=f"M{x:.1f} {low:.1f}V{frame.y(mark.y + mark.error):.1f}")
+        _add_shape(group, mark.shape, x, y)
+    for mark, (x, y, anchor) in _labels(marks, placed, corners, frame):
+        _add_text(svg, x, y, mark.label, anchor).set("class", f"name {mark.colour}")
+    return _markup(svg)
 
 
-def bars(counts: Sequence[float], title: str, ticks: Sequence[tuple[float, str]], tips: Sequence[str]) -> str:
-    """Bars side by side from zero; ticks (place in bars from the left, text) below."""
+def bars(counts: Sequence[float], title: str, ticks: Sequence[tuple[float, str]], tips: Sequence[str]) -> Markup:
+    """Draw bars side by side from zero; ticks (place in bars from the left, text) below."""
     width, height, floor = 280.0, 130.0, 110.0
-    each, top = (width - 8) / len(counts), max(*counts, 1e-300)
-    parts = []
+    each, tallest = (width - 8) / len(counts), max(*counts, 1e-300)
+    svg = _svg(width, height, title)
     for index, (count, tip) in enumerate(zip(counts, tips)):
-        tall = (floor - 8) * count / top
-        corner = f'x="{4 + index * each:.1f}" y="{floor - tall:.1f}"'
-        box = f'{corner} width="{max(each - 1.2, 0.6):.1f}" height="{tall:.1f}"'
-        parts.append(f'<rect class="bar" {box}><title>{escape(tip)}</title></rect>')
-    parts.append(f'<path class="axis" d="M4 {floor}H{width - 4}"/>')
-    for place, text in ticks:
-        x = 4 + place * each
-        anchor = "start" if x < 20 else "end" if x > width - 20 else "middle"
-        parts.append(_text(x, floor + 14, text, anchor))
-    return _svg(width, height, title, parts)
+        tall = (floor - 8) * count / tallest
+        place = {"x": 4 + index * each, "y": floor - tall, "width": max(each - 1.2, 0.6), "height": tall}
+        _add(svg, "rect", tip, class_="bar", **place)
+    _add(svg, "path", class_="axis", d=f"M4 {floor}H{width - 4}")
+    for where, text in ticks:
+        x = 4 + where * each
+        _add_text(svg, x, floor + 14, text, "start" if x < 20 else "end" if x > width - 20 else "middle")
+    return _markup(svg)
 
 
-def heat(rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Callable[[str, int, float], str]) -> str:
-    """A square for each value, strong above the mean, weak below; None leaves a gap. `tip`: (row, column, value)."""
+def heat(
+    rows: Sequence[tuple[str, Sequence[float | None]]], title: str, tip: Callable[[str, int, float], str]
+) -> Markup:
+    """Draw a square for each value, strong above the mean; None leaves a gap. `tip`: (row, column, value) -> text."""
     left, width, each = 96.0, 280.0, 14.0
     columns = max(len(values) for _, values in rows)
-    step = (width - left) / columns
-    height = each * len(rows) + 18
+    step, height = (width - left) / columns, each * len(rows) + 18
     known = [v for _, values in rows for v in values if v is not None]
     mean = sum(known) / max(len(known), 1) or 1.0
-    parts = []
+    svg = _svg(width, height, title)
     for line, (name, values) in enumerate(rows):
-        parts.append(_text(left - 5, each * line + 10.5, name, "end"))
+        _add_text(svg, left - 5, each * line + 10.5, name, "end")
         for column, value in enumerate(values):
             if value is None:
                 continue
-            box = f'x="{left + column * step:.1f}" y="{each * line:.1f}" width="{step * 0.94:.2f}" height="{each - 1}"'
-            place = math.log(max(value / mean, 1e-9)) / math.log(FACTOR)  # -1 to 1 where it is not cut off
-            shade = f'fill-opacity="{0.54 + 0.46 * min(max(place, -1), 1):.2f}"'
-            parts.append(f'<rect class="bar" {box} {shade}><title>{escape(tip(name, column, value))}</title></rect>')
-    parts.append(_text(left, height - 5, "block 0", "start"))
+            place = math.log(max(value / mean, 1e-9)) / math.log(STRONGEST)  # -1 to 1 if it is not cut off
+            box = {"x": left + column * step, "y": each * line, "width": step * 0.94, "height": each - 1}
+            shade = f"{0.54 + 0.46 * min(max(place, -1), 1):.2f}"
+            _add(svg, "rect", tip(name, column, value), class_="bar", fill_opacity=shade, **box)
+    _add_text(svg, left, height - 5, "block 0", "start")
     if columns > 1:
-        parts.append(_text(width, height - 5, str(columns - 1), "end"))
-    return _svg(width, height, title, parts)
+        _add_text(svg, width, height - 5, str(columns - 1), "end")
+    return _markup(svg)
 
 
-def shape_sample(shape: str, colour: str) -> str:
-    """A mark alone, or its colour where the shape is "swatch", for a legend; hidden from screen readers."""
-    inner = '<rect class="mark" y="4" width="14" height="6" rx="2"/>' if shape == "swatch" else _shape(shape, 7, 7)
-    return f'<svg class="sample {colour}" viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">{inner}</svg>'
+def shape_sample(shape: str, colour: str) -> Markup:
+    """Draw a mark alone, or its colour if the shape is "swatch", for a legend; hidden from screen readers."""
+    svg = Element("svg", {"class": f"sample {colour}", "viewBox": "0 0 14 14", "aria-hidden": "true"})
+    _add_shape(svg, shape, 7, 7)
+    return _markup(svg)
 
 
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    name = escape(title, quote=True)
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}"><title>{name}</title>{body}</svg>'
+def _svg(width: float, height: float, title: str) -> Element:
+    svg = Element("svg", {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria-label": title})
+    SubElement(svg, "title").text = title
+    return svg
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _markup(svg: Element) -> Markup:
+    return Markup(tostring(svg, encoding="unicode"))
 
 
-def _shape(shape: str, x: float, y: float) -> str:
-    if shape == "square":
-        return f'<rect class="mark" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
-    if shape == "triangle":
-        return f'<path class="mark" d="M{x:.1f} {y - 5:.1f}L{x + 5:.1f} {y + 4:.1f}H{x - 5:.1f}Z"/>'
-    return f'<circle class="{"mark" if shape == "dot" else "ring"}" cx="{x:.1f}" cy="{y:.1f}" r="4.4"/>'
+def _add(parent: Element, tag: str, tip: str = "", **attributes: str | float) -> Element:
+    """Add an element with its tooltip; numbers to one digit, `class_` and `fill_opacity` for names Python lacks."""
+    texts = {name: v if isinstance(v, str) else f"{v:.1f}" for name, v in attributes.items()}
+    element = SubElement(parent, tag, {name.rstrip("_").replace("_", "-"): text for name, text in texts.items()})
+    if tip:
+        SubElement(element, "title").text = tip
+    return element
 
 
-def _axes(frame: _Frame, names: tuple[str, str]) -> Iterator[str]:
+def _add_text(parent: Element, x: float, y: float, text: str, anchor: str) -> Element:
+    element = _add(parent, "text", x=x, y=y, text_anchor=anchor)
+    element.text = text
+    return element
+
+
+def _add_shape(parent: Element, shape: str, x: float, y: float) -> None:
+    kind = "ring" if shape == "ring" else "mark"
+    _add(parent, "path", class_=kind, transform=f"translate({x:.1f} {y:.1f})", d=SHAPES[shape])
+
+
+def _add_axes(svg: Element, frame: _Frame, names: tuple[str, str]) -> None:
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
     for value in _ticks(*frame.x_range):
-        yield _text(frame.x(value), floor + 15, f"{value:g}", "middle")
-        yield f'<path class="grid" d="M{frame.x(value):.1f} {TOP}V{floor}"/>'
+        _add_text(svg, frame.x(value), floor + 15, f"{value:g}", "middle")
+        _add(svg, "path", class_="grid", d=f"M{frame.x(value):.1f} {TOP}V{floor}")
     for value in _log_ticks(*frame.y_range) if frame.log else _ticks(*frame.y_range):
-        yield _text(LEFT - 5, frame.y(value) + 3.5, f"{value:g}", "end")
-        yield f'<path class="grid" d="M{LEFT} {frame.y(value):.1f}H{right}"/>'
-    yield f'<path class="axis" d="M{LEFT} {TOP}V{floor}H{right}"/>'
-    yield _text((LEFT + right) / 2, frame.height - 5, names[0], "middle")
-    yield _text(LEFT + 4, TOP + 2, names[1], "start")
+        _add_text(svg, LEFT - 5, frame.y(value) + 3.5, f"{value:g}", "end")
+        _add(svg, "path", class_="grid", d=f"M{LEFT} {frame.y(value):.1f}H{right}")
+    _add(svg, "path", class_="axis", d=f"M{LEFT} {TOP}V{floor}H{right}")
+    _add_text(svg, (LEFT + right) / 2, frame.height - 5, names[0], "middle")
+    _add_text(svg, LEFT + 4, TOP + 2, names[1], "start")
 
 
 def _labels(
     marks: Sequence[Mark], placed: Sequence[tuple[float, float]], corners: Sequence[tuple[float, float]], frame: _Frame
-) -> Iterator[str]:
-    """Names beside their marks where there is room, in the marks' order; the rest are told by tooltip and table.
+) -> Iterator[tuple[Mark, tuple[float, float, str]]]:
+    """Give names a place next to their marks while there is room, in the marks' order; tips and table name the rest.
 
     Places clear of the staircase come first, then any that lie on no mark and no other name.
     """
@@ -181,20 +204,21 @@ def _labels(
     for mark, (x, y) in zip(marks, placed):
         found = _free_place(mark.label, x, y, [*taken, *stairs], frame) or _free_place(mark.label, x, y, taken, frame)
         if found is not None:
-            box, text = found
-            taken.append(box)
-            yield f'<g class="{mark.colour} name">{text}</g>'
+            taken.append(found[0])
+            yield mark, found[1]
 
 
-def _free_place(label: str, x: float, y: float, taken: Sequence[Box], frame: _Frame) -> tuple[Box, str] | None:
-    """The first place around (x, y) for a label that lies on nothing that is taken, and the label there."""
+def _free_place(
+    label: str, x: float, y: float, taken: Sequence[Box], frame: _Frame
+) -> tuple[Box, tuple[float, float, str]] | None:
+    """Return the first place around (x, y) at which a label overlaps nothing that is taken: its box; x, y, anchor."""
     wide = LETTER * len(label)
-    for dx, dy, anchor in PLACES:
+    for dx, dy, anchor in LABEL_PLACES:
         begin = x + dx - {"start": 0, "end": wide, "middle": wide / 2}[anchor]
         box = (begin, y + dy - 9, begin + wide, y + dy + 2)
         inside = box[0] > LEFT and box[2] < frame.width and box[1] > 0 and box[3] < frame.height - BOTTOM
         if inside and not any(_overlap(box, other) for other in taken):
-            return box, _text(x + dx, y + dy, label, anchor)
+            return box, (x + dx, y + dy, anchor)
     return None
 
 
@@ -207,12 +231,8 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _log_padded(values: Sequence[float]) -> tuple[float, float]:
-    return min(values) / 1.25, max(values) * 1.35
-
-
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers between the two."""
+    """Return four to nine round numbers between the two."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (5, 2.5, 2, 1) if step * factor * 3.5 <= high - low)
     return [round(index * step, 10) for index in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a comparison has to measure, decided and checked before any work."""
+"""The cells that a comparison has to measure, decided and checked before any work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from afpq.version import __version__
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be compared, on what. `schemes` and `methods` are text forms; `text` is measured on.
+    """The models to compare, and the text to measure on. `schemes` and `methods` are text forms; `text` is measured on.
 
     `seq_len` and `max_tokens` cut the text into windows; `settings` are for the calibrated methods. With `peers`, other
     tools that are installed are measured too; with `keep` the quantized models stay. The names are for the report.
@@ -110,7 +110,7 @@ def _prepare(question: Question, recipe: Recipe) -> Job:
 
 
 def _windows(question: Question, job: Job) -> Tensor:
-    """The text as windows; raises AfpqError where it is shorter than one, whose figures would mislead."""
+    """Cut the text into windows; raises AfpqError if it is shorter than one, whose figures would mislead."""
     tokenizer = load_tokenizer(job.plan.checkpoint.directory, question.trust_remote_code)
     tokens = tokenize(tokenizer, question.text)[: question.max_tokens]
     length = window_length(job.model, question.seq_len)
@@ -124,7 +124,7 @@ def _windows(question: Question, job: Job) -> Tensor:
 
 
 def _fingerprint(job: Job) -> Fingerprint:
-    """What decides a cell of ours besides the model and the text measured on."""
+    """Return what decides a cell of ours besides the model and the text measured on."""
     parts = job.fingerprint()
     calibration = {CALIBRATION: parts["text"]} if job.windows is not None else {}
     return {"setting": parts["setting"], **calibration}

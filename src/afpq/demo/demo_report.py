@@ -33,7 +33,7 @@ HEADER = ("scheme", "bits/weight", "size MB", "perplexity", "KL x 1000", "top-1 
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row as text, in the order of HEADER."""
+    """Format the row, in the order of HEADER."""
     e = row.evaluation
     kl = "" if e.kl_divergence is None else f"{1000 * e.kl_divergence:.1f} ±{1000 * (e.kl_standard_error or 0):.1f}"
     agreement = "" if e.top1_agreement is None else f"{100 * e.top1_agreement:.1f}"
@@ -42,14 +42,14 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A Markdown table, numbers right-aligned."""
+    """Write a Markdown table, numbers right-aligned."""
     return table(HEADER, [cells(row) for row in rows], text_columns=1) + "\n"
 
 
 def write_report(directory: Path, title: str, text: str, rows: Sequence[Row]) -> list[Path]:
-    """Write report.md, report.json and, where matplotlib is installed, report.png; returns what was written.
+    """Write report.md, report.json and, if matplotlib is installed, report.png; return the paths.
 
-    Raises AfpqError where the directory cannot be written.
+    Raises AfpqError if the directory cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_report(directory: Path, title: str, text: str, rows: Sequence[Row]) ->
 
 
 def plot_symmetric_against_asymmetric(rows: Sequence[Row], title: str, path: Path) -> Path | None:
-    """Bars of KL divergence, symmetric beside asymmetric, a panel for each bit width; None without matplotlib."""
+    """Draw bars of KL divergence, symmetric next to asymmetric, a panel for each bit width; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -2,7 +2,7 @@
 """The rows of `afpq demo`: each of the paper's formats on the embedded model. No network, under a minute.
 
 The model is a 2.6-million-parameter Llama trained on the Python standard library by `examples/train_demo_model.py`;
-perplexity is measured on modules it has never seen. See model/README.md.
+perplexity is measured on modules that were not in the training text. See model/README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_demo(
     max_tokens: int = MAX_TOKENS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Row]:
-    """The original model's row, then one for each scheme, all on the same held-out text."""
+    """Return the original model's row, then one for each scheme, all on the same held-out text."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     text = windows(tokenize(tokenizer, HELD_OUT.read_text("utf-8")), SEQUENCE, max_tokens)

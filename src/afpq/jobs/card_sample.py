@@ -29,7 +29,7 @@ MAX_WINDOWS, MAX_LENGTH = 16, 512
 
 @dataclass(frozen=True)
 class CardText:
-    """Windows of tokens [count, length] to measure on, and what they are, as a phrase."""
+    """A text: windows of tokens [count, length] to measure on, and what they are, as a phrase."""
 
     windows: Tensor
     origin: str
@@ -60,12 +60,12 @@ class WindowDraw:
 
 
 def card_text_of(tokens: Tensor, length: int, origin: str) -> CardText:
-    """The first windows of a text that played no part in quantizing. Raises AfpqError if it is too short."""
+    """Return the first windows of a text that played no part in quantizing. Raises AfpqError if it is too short."""
     return CardText(windows(tokens, min(length, MAX_LENGTH))[:MAX_WINDOWS], origin)
 
 
 def unused_card_text(drawn: WindowDraw, name: str) -> CardText:
-    """Parts of a calibration text that no calibration window touches; the windows themselves where there are none."""
+    """Return parts of a calibration text that no calibration window touches; the windows if there are none."""
     length = min(drawn.length, MAX_LENGTH, len(drawn.tokens))
     starts = window_starts(len(drawn.tokens), drawn.count, drawn.length, drawn.seed)
     unused = unused_windows(drawn.tokens, starts, drawn.length, length, MAX_WINDOWS)
@@ -83,7 +83,7 @@ def measure_card_text(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CardFigures | str:
-    """The saved model in `result` against the plan's original, both loaded; or the reason why not."""
+    """Measure the saved model in `result` against the plan's original, both loaded; or the reason why not."""
     cuda = device.type == "cuda"
     if _needed(plan, cuda) > (available_device_memory(device) if cuda else available_memory()) // 2:
         return "the original and this model together take more than half of the memory that was free"
@@ -100,7 +100,7 @@ def measure_card_text(
 
 
 def _needed(plan: Plan, cuda: bool) -> int:
-    """Bytes of both models, of both batches of logits and of the distributions of a window."""
+    """Estimate the bytes of both models, of both batches of logits and of the distributions of a window."""
     logits = 4 * vocabulary(plan) * (2 * LOGITS_BATCH_TOKENS + 8 * MAX_LENGTH)
     if cuda:
         return plan.input_bytes + plan.output_bytes + logits
@@ -108,7 +108,7 @@ def _needed(plan: Plan, cuda: bool) -> int:
 
 
 def _noting_losses(logits: Iterable[Tensor], windows: Tensor, losses: list[float]) -> Iterator[Tensor]:
-    """The logits of each window as they come; each window's mean loss goes to `losses`."""
+    """Yield the logits of each window; each window's mean loss goes to `losses`."""
     for window, scores in zip(windows, logits):
         losses.append(cross_entropy(scores[:-1].float(), window[1:].to(scores.device)).item())
         yield scores

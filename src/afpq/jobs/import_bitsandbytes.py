@@ -30,6 +30,7 @@ from afpq.model.skeleton import build_skeleton
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import Scheme
+from afpq.numerics.size import Size
 from afpq.recipe import Recipe
 from afpq.version import __version__
 
@@ -91,7 +92,7 @@ def import_model(
         weights=elements,
         schemes=dict(Counter(str(scheme) for scheme in chosen.values()).most_common()),
         bits_per_weight=plan.bits_per_weight,
-        bits_before=8 * before / elements,
+        bits_before=Size(before, elements).bits,
         exact=all(_holds(chosen[name], fitting[name]) for name in weights),
         input_bytes=sum(info.bytes for info in checkpoint.tensors.values()),
         output_bytes=plan.output_bytes,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from afpq.checkpoint.card_header import LOAD, PAPER, front_matter
-from afpq.checkpoint.plan import Plan, Target
+from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import CARD
 from afpq.evaluation.tables import size_text, table, with_error
 from afpq.jobs.bit_budget import Choice
@@ -29,10 +29,10 @@ MAX_NAMES = 12
 
 @dataclass(frozen=True)
 class Card:
-    """What the card tells. `model` is what was quantized, as the user named it; `notes` are the lines of the log.
+    """The content of a card. `model` is what was quantized, as the user named it; `notes` are the lines of the log.
 
-    `calibration` says how, in a sentence; `measured` are figures or the reason why there are none; `tested` says what
-    the self-test did. `choice` is there where the layers' schemes were chosen under a budget of bits.
+    `calibration` is a sentence; `measured` are figures or the reason why there are none; `tested` describes
+    the self-test. `choice` is given if the layers' schemes were chosen under a budget of bits.
     """
 
     model: str
@@ -45,13 +45,13 @@ class Card:
 
 
 def write_card(directory: Path, card: Card) -> None:
-    """Write README.md and, where matplotlib is installed, its picture."""
+    """Write README.md and, if matplotlib is installed, its picture."""
     picture = plot_errors(card.notes, directory / PICTURE)
     (directory / CARD).write_text(card_text(card, picture), "utf-8")
 
 
 def card_text(card: Card, picture: bool) -> str:
-    """The whole card, in Markdown."""
+    """Write the whole card, in Markdown."""
     schemes = card.plan.recipe.scheme if card.choice is None else _mean_bits(card)
     sections = {
         f"{_name(card)}, {schemes} by {card.plan.recipe.method}": f"{_summary(card)}\n\n{_facts(card)}",
@@ -97,7 +97,10 @@ def _facts(card: Card) -> str:
         ("true bits per weight", f"{plan.bits_per_weight:.3f} for a quantized weight, with scales and zero points"),
         ("coverage", f"{100 * plan.coverage:.1f} % of the blocks' weights, {len(plan.block_targets)} linear layers"),
         *([("not quantized", warning)] if warning is not None else []),
-        *(("outside the blocks", _end(plan, target)) for target in plan.end_targets),
+        *(
+            ("outside the blocks", f"{plan.end_words(t)} as {t.scheme}, {t.size.bits:.3f} true bits per weight")
+            for t in plan.end_targets
+        ),
         ("bits per weight of all", f"{plan.file_bits_per_weight:.3f}, with what is left as it was"),
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
         ("left as it was", _left(plan)),
@@ -111,7 +114,7 @@ def _mean_bits(card: Card) -> str:
 
 
 def _choice(choice: Choice, plan: Plan) -> str:
-    """Which layers have which scheme, and why."""
+    """Show which layers have which scheme, and why."""
     return (
         f"Each layer has the scheme that keeps the predicted KL divergence least at {choice.budget.bits_per_weight:g} "
         f"true bits per weight ({choice.kl:.4f} nats a token, roughly); what was measured for it is in "
@@ -119,12 +122,8 @@ def _choice(choice: Choice, plan: Plan) -> str:
     )
 
 
-def _end(plan: Plan, target: Target) -> str:
-    return f"{plan.end_words(target)} as {target.scheme}, {8 * target.bytes / target.elements:.3f} true bits per weight"
-
-
 def _left(plan: Plan) -> str:
-    """Linears by name, and the tensors outside of the blocks."""
+    """List the linears left by name, and the tensors outside of the blocks."""
     outside = [name for unit in plan.units if not unit.in_blocks for name in unit.tensors if name not in unit.replaced]
     linears = [f"`{name}`" for name in plan.kept]
     others = [f"`{n.removesuffix('.weight')}`" for n in outside if n.removesuffix(".weight") not in plan.kept]
@@ -153,7 +152,7 @@ def _quality(card: Card) -> str:
 
 
 def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
-    """What was lost in which layers: a picture, and a line for each kind of layer, the ends last."""
+    """Show the errors of the layers: a picture, and a line for each kind of layer, the ends last."""
     notes = sorted(notes, key=lambda note: _block_of(note["module"]) is None)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for note in notes:
@@ -180,12 +179,12 @@ _MEANING = {
 
 
 def kind_of(module: str) -> str:
-    """`model.layers.3.mlp.up_proj` -> up_proj."""
+    """Return the last part of a name: up_proj of `model.layers.3.mlp.up_proj`."""
     return module.rpartition(".")[2]
 
 
 def error_of(note: dict[str, Any]) -> float:
-    """Of the layer's outputs where they are known, else of its weights."""
+    """Return the error of the layer's outputs if it is known, else of its weights."""
     return float(note.get("output_error", note["weight_error"]))
 
 
@@ -209,7 +208,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
-    """A line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib."""
+    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -233,7 +232,7 @@ def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def _finish(axis: Any, what: str, errors: Sequence[float]) -> None:
-    """Scales and labels; a logarithmic scale would blow up the differences of errors that are nearly equal."""
+    """Set scales and labels; a logarithmic scale would blow up the differences of errors that are nearly equal."""
     if 0 < 10 * errors[0] < errors[-1]:
         axis.set_yscale("log")
     else:
@@ -248,5 +247,5 @@ def _finish(axis: Any, what: str, errors: Sequence[float]) -> None:
 
 
 def _block_of(module: str) -> int | None:
-    """The first part of a module's name that is a number; None outside of the blocks."""
+    """Return the first part of a module's name that is a number; None outside of the blocks."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)

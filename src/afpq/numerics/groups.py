@@ -219,5 +219,10 @@ def _codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def relative_error(weight: Tensor, solved: QuantizedWeight) -> float:
     """Return sum (w - w_hat)^2 / sum w^2; 0 for a weight of zeros."""
+    return relative_squared_error(weight, solved.dequantize())
+
+
+def relative_squared_error(weight: Tensor, approximation: Tensor) -> float:
+    """Return the same for any approximation of a weight."""
     total = weight.float().square().sum().item()
-    return (solved.dequantize() - weight).square().sum().item() / total if total else 0.0
+    return (approximation - weight).square().sum().item() / total if total else 0.0
