@@ -5,10 +5,12 @@ from afpq.algorithms.awq import search_channel_scales, search_clips
 from afpq.algorithms.float_target import toward_float_outputs
 from afpq.algorithms.gptq import SingularHessian, quantize_gptq
 from afpq.algorithms.guided_gptq import quantize_guided
+from afpq.algorithms.layer_statistics import LayerStatistics
 from afpq.algorithms.learned_codebooks import with_codebook
 from afpq.algorithms.rtn import quantize_rtn
 
 __all__ = [
+    "LayerStatistics",
     "SingularHessian",
     "quantize_gptq",
     "quantize_guided",

@@ -32,12 +32,13 @@ from transformers import PreTrainedModel
 
 from afpq.algorithms import SingularHessian, quantize_rtn
 from afpq.algorithms.gptq import factorize
-from afpq.calibration.backward import FloatModelPass, Listener, Progress
+from afpq.calibration.backward import FloatModelPass, Listener
 from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, listening
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan, Target
 from afpq.model.blocks import Block
 from afpq.numerics.scheme import Scheme
+from afpq.progress import Progress
 
 TOKENS, LENGTH = 16384, 512  # of the calibration text: how many, and of a window the first so many
 GPTQ_SHARE, OUTPUTS_SHARE = 0.4, 0.7  # what GPTQ leaves of the squared error, by inputs and by outputs, unless known

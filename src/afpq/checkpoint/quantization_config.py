@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from afpq.algorithms.methods import NEAREST
+from afpq.algorithms.solver_options import options_to_json
 from afpq.errors import AfpqError
 from afpq.numerics.formats import parse_format
 from afpq.numerics.scheme import Scheme, default_format
-from afpq.recipe import METHODS, Recipe, name_of, scheme_of_end
+from afpq.recipe import Recipe, name_of, scheme_of_end
 
 QUANT_METHOD = "afpq"
 # 2: the embedding is packed, or the head in a scheme of its own, which an afpq that only knows 1 would misread.
@@ -60,7 +62,7 @@ def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
         **scheme_to_json(recipe.scheme),
         "method": recipe.method,
         "scale_search": recipe.search,
-        **(_gptq_keys(recipe) if METHODS[recipe.method].solver == "gptq" else {}),
+        **options_to_json(recipe.solver_options),  # for the record: loading needs none of them
         **ends_to_json(recipe),
         "modules_to_not_convert": sorted(kept),
         "dynamic": _overrides_to_json(recipe),
@@ -89,18 +91,6 @@ def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
     return overrides
 
 
-def _gptq_keys(recipe: Recipe) -> dict[str, Any]:
-    """How the codes were found, for the record: nothing of it is needed to load them."""
-    options = recipe.gptq
-    return {
-        "damp_percent": options.damp,
-        "order": options.order,
-        "sweeps": options.sweeps,
-        "float_target": options.float_target,
-        "true_sequential": options.sequential,
-    }
-
-
 def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
     """(recipe without its skips, modules_to_not_convert). Raises AfpqError for what this version cannot read.
 
@@ -124,10 +114,16 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
     positive = {key: value for key, value in dynamic.items() if not key.startswith("-:")}
     overrides = [(key.removeprefix("+:"), scheme_from_json(positive[key], scheme)) for key in _ranked(positive)]
     head, embedding = (_end_from_json(keys.get(end), scheme) for end in ENDS)
-    search = keys.get("scale_search")
-    return Recipe(
-        scheme, keys.get("method") or "rtn", search, tuple(skip), tuple(overrides), lm_head=head, embedding=embedding
-    ), names
+    recipe = Recipe(
+        scheme,
+        keys.get("method") or NEAREST,
+        scale_search=keys.get("scale_search"),
+        skip=tuple(skip),
+        overrides=tuple(overrides),
+        lm_head=head,
+        embedding=embedding,
+    )
+    return recipe, names
 
 
 def _end_from_json(value: Any, scheme: Scheme) -> Scheme | None:

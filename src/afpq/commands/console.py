@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.atomic_files import write_json
 from afpq.checkpoint.plan import Plan
 from afpq.errors import AfpqError
@@ -20,12 +22,12 @@ from afpq.evaluation.tables import size_text as size_text
 from afpq.evaluation.tables import with_error
 from afpq.jobs.bit_budget import Choice, share_cells, shares
 from afpq.jobs.estimate import Estimate
-from afpq.jobs.execute import Outcome
+from afpq.jobs.finish_directory import Outcome
 from afpq.jobs.prepare import Job
 from afpq.model.awq_folds import folds_of
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import coverage_warning, kinds_left
-from afpq.recipe import METHODS
+from afpq.progress import Progress
 
 # Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -55,7 +57,8 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     if plan.kept:
         names = ", ".join(plan.kept[:8]) + (f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else "")
         console.print(f"left as they were: {names}")
-    if METHODS[plan.recipe.method].transform == "awq" and not any(folds_of(b.module) for b in find_blocks(job.model)):
+    channels = METHODS[plan.recipe.method].scales_channels
+    if channels and not any(folds_of(b.module) for b in find_blocks(job.model)):
         errors.print(
             "warning: no AWQ fold points are known for this architecture: its channels were not scaled, only clipped",
             style="bold yellow",
@@ -171,12 +174,12 @@ def save_json(path: Path | None, value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(first: str) -> Iterator[Progress]:
     """A bar with the time left, on standard error; nothing where that is no terminal."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(first, total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

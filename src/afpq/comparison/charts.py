@@ -7,16 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from statistics import fmean
 
+from afpq.algorithms.methods import METHODS
 from afpq.comparison.cells import Cell, LayerError, Result
 from afpq.comparison.distributions import BINS, EDGE, LOPSIDED, SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, entropy
 from afpq.comparison.findings import pareto_front, rise
 from afpq.comparison.svg import FACTOR, Mark, bars, heat, scatter, shape_sample
 
 MOST = 12  # cells that get a small chart of their own
-COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3", "tune": "c5"}
-OTHERS = "c4"
+COLOURS = ("c0", "c1", "c2", "c3", "c5")  # classes of the page's style sheet, for methods in the order of METHODS
+OTHERS = "c4"  # other tools
 SAMPLE = f"Counted on {SAMPLED_LAYERS} layers and {SAMPLED_ROWS} rows of each, evenly spread, where there are more."
 KINDS = {"dot": "two scales", "ring": "one scale", "square": "scale and zero point", "triangle": "another tool"}
 
@@ -39,7 +41,12 @@ def shape_of(cell: Cell) -> str:
 
 
 def colour_of(cell: Cell) -> str:
-    return COLOURS.get(cell.method, OTHERS)
+    return colours().get(cell.method, OTHERS)
+
+
+def colours() -> dict[str, str]:
+    """The class of each method; the first again after the last."""
+    return dict(zip(METHODS, cycle(COLOURS)))
 
 
 def figures(results: Sequence[Result], groups: Sequence[Asymmetry]) -> list[Figure]:
@@ -57,9 +64,9 @@ def figures(results: Sequence[Result], groups: Sequence[Asymmetry]) -> list[Figu
 def legend(results: Sequence[Result]) -> str:
     """What colours and shapes mean, as HTML."""
     cells = [result.cell for result in results if not result.cell.is_float]
-    methods = [m for m in COLOURS if any(cell.method == m for cell in cells)]
-    entries = [(shape_sample("swatch", COLOURS[m]), m) for m in methods]
-    if any(cell.method not in COLOURS for cell in cells):
+    methods = {m: colour for m, colour in colours().items() if any(cell.method == m for cell in cells)}
+    entries = [(shape_sample("swatch", colour), m) for m, colour in methods.items()]
+    if any(cell.method not in methods for cell in cells):
         entries.append((shape_sample("triangle", OTHERS), KINDS["triangle"]))
     ours = [kind for kind in KINDS if kind != "triangle" and any(shape_of(cell) == kind for cell in cells)]
     entries += [(shape_sample(kind, ""), KINDS[kind]) for kind in ours]

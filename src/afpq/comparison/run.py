@@ -40,18 +40,25 @@ from afpq.comparison.tasks import Agenda, Question, Task
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model
 from afpq.evaluation.perplexity import TokenScores, logits_of, measure
-from afpq.jobs.execute import LOG_NAME, execute
+from afpq.jobs.execute import execute
+from afpq.jobs.finish_directory import LOG_NAME
 from afpq.jobs.prepare import Job
 from afpq.model.blocks import find_linears
 from afpq.model.linear import AfpqLinear
 from afpq.model.skeleton import build_skeleton
 from afpq.model.unfuse import unfuse
+from afpq.progress import Progress
 
 SMALL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell
 
-Progress = Callable[[str, float], None]  # (what is done now, share of all cells done)
+WHOLE = 1000  # parts of a cell, in which its progress is counted
 Note = Callable[[str], None]
+
+
+def _last_part(step: Progress) -> Progress:
+    """Progress of measuring, the last two fifths of a cell that is quantized first."""
+    return lambda _, done, total: step("measuring", 6 * total + 4 * done, 10 * total)
 
 
 class Comparison:
@@ -86,8 +93,9 @@ class Comparison:
             result = self._finished(task, note)
             if result is None:
 
-                def step(what: str, share: float, index: int = index, task: Task = task) -> None:
-                    progress(f"{index + 1}/{len(tasks)} {task.cell}: {what}", (index + share) / len(tasks))
+                def step(what: str, done: int, total: int, index: int = index, task: Task = task) -> None:
+                    parts = index * WHOLE + WHOLE * done // total
+                    progress(f"{index + 1}/{len(tasks)} {task.cell}: {what}", parts, len(tasks) * WHOLE)
 
                 result = self._measure(task, step, note)
                 if result is None:
@@ -165,7 +173,7 @@ class Comparison:
 
     def _measure_float(self, step: Progress) -> Result:
         info = model_info(self.question.model, self.question.trust_remote_code)
-        seen = measure(self._original, self.agenda.windows, None, lambda i, n: step("measuring", i / n))
+        seen = measure(self._original, self.agenda.windows, None, lambda _, i, n: step("measuring", i, n))
         speed, rate = compare_speed(self._original, None, self.agenda.windows[0])
         return _result(FLOAT, seen, info.bits_per_weight, 0.0, info.file_bytes, speed=speed, tokens_per_second=rate)
 
@@ -176,10 +184,10 @@ class Comparison:
         job = replace(job, model=build_skeleton(job.plan.checkpoint.directory, trust))
         start = time.perf_counter()
         if not place.exists():
-            execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", 0.6 * done / total))
+            execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", 6 * done, 10 * total))
         seconds = time.perf_counter() - start if fresh else None
         info, model = model_info(place, trust), load_model(place, trust)
-        seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
+        seen = measure(model, self.agenda.windows, self._reference(), _last_part(step))
         speed, rate = compare_speed(model, self._original, self.agenda.windows[0])
         result = _result(
             task.cell, seen, info.bits_per_weight, info.coverage, info.file_bytes,
@@ -203,14 +211,14 @@ class Comparison:
         linears, errors, packed = dict(find_linears(model)), [], 0
         start = time.perf_counter()
         for index, target in enumerate(targets):
-            step("quantizing", 0.6 * index / len(targets))
+            step("quantizing", 6 * index, 10 * len(targets))
             weight = linears[target.module].weight
             back, size = approximate(peer, target.module, weight)
             packed += size
             errors.append(LayerError(target.module, _relative_error(weight, back)))
             weight.data = back
         seconds = time.perf_counter() - start
-        seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
+        seen = measure(model, self.agenda.windows, self._reference(), _last_part(step))
         elements = sum(target.elements for target in targets)
         files = sum(file.stat().st_size for file in {info.file for info in infos.values()})
         size = files - sum(infos[t.source.tensor].dtype.itemsize * t.elements for t in targets) + packed

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from afpq.numerics.formats import FORMATS
 from afpq.numerics.groups import extremes, relative_error
 from afpq.numerics.packing import layout, spec_bytes
 from afpq.numerics.scheme import Scheme
+from afpq.progress import Progress
 from afpq.recipe import Recipe
 
 SAMPLE = 2**17  # weights of a layer that are read unless told otherwise: enough for 1 % where groups are 128
@@ -173,7 +174,7 @@ def inspect_model(
     model: str | Path,
     settings: InspectSettings | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Look at a checkpoint (a directory or hub id) that is not quantized yet; holds one layer's rows at a time.
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from afpq.calibration.backward import Progress
 from afpq.calibration.sensitivity import GroupLosses, SensitivitySettings, kind_of_layer, measure_losses
 from afpq.checkpoint.atomic_files import digest_value, write_json
 from afpq.checkpoint.plan import Plan, Target
@@ -28,6 +27,7 @@ from afpq.errors import AfpqError
 from afpq.jobs.knapsack import choose_options
 from afpq.model.blocks import find_blocks
 from afpq.numerics.scheme import Scheme, parse_scheme
+from afpq.progress import Progress
 from afpq.recipe import Recipe
 from afpq.version import __version__
 

@@ -31,6 +31,7 @@ from afpq.model.tensor_part import TensorPart
 from afpq.numerics.groups import GroupScales, QuantizedWeight, decode
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scales import round_to_storage
+from afpq.progress import Progress
 
 RATE = 0.004  # of Adam, falling to 0 in a straight line; scales move by ratio, vectors relative to their size
 BETAS = (0.9, 0.95)
@@ -182,7 +183,7 @@ def kl(reference: Tensor, logits: Tensor) -> Tensor:
 
 def run_end_pass(
     model: nn.Module, original: nn.Module, windows: Tensor, steps: int, seed: int, vectors: dict[str, torch.dtype],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], EndPass]:  # fmt: skip
     """A quantized model and its float original, on one device, windows of tokens [count, length] -> what to save:
     module -> its scale tensors, and name -> vector; empty where nothing became better.
@@ -216,7 +217,7 @@ def run_end_pass(
             if found < lowest:
                 lowest, kept, best = found, step + 1, [move.detach().clone() for move in moves]
         if progress is not None:
-            progress(step + 1, steps)
+            progress("end pass", step + 1, steps)
     with torch.no_grad():
         for move, value in zip(moves, best):
             move.copy_(value)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.card_header import LOAD, PAPER, front_matter
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.reader import CARD
@@ -18,7 +19,6 @@ from afpq.evaluation.tables import size_text, table, with_error
 from afpq.jobs.bit_budget import SENSITIVITIES, SHARES, Choice, share_cells
 from afpq.jobs.card_sample import CardFigures
 from afpq.model.coverage import coverage_warning
-from afpq.recipe import METHODS
 from afpq.version import __version__
 
 PICTURE = "card_errors.png"

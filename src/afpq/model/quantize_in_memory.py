@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from afpq.algorithms.rtn import quantize_named
+from afpq.algorithms.methods import METHODS, solve_without_data
 from afpq.errors import AfpqError
 from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, replace_module
 from afpq.model.coverage import warn_of_left
@@ -15,7 +15,9 @@ from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe, untie
 from afpq.model.linear import AfpqLinear, PackedModule
 from afpq.model.unfuse import unfuse
 from afpq.numerics.formats import repeated_codebook_bytes
-from afpq.recipe import METHODS, Recipe
+from afpq.numerics.groups import QuantizedWeight
+from afpq.numerics.scheme import Scheme
+from afpq.recipe import Recipe
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
         raise AfpqError("no linear layer left to quantize; see skip")
     for name, linear, scheme in chosen:
         if scheme is not None:
-            solved = quantize_named(f"{name}.weight", linear.weight, scheme, recipe.search)
+            solved = _solve(name, linear.weight, scheme, recipe)
             layer = AfpqLinear.from_weight(solved, linear.bias, linear.weight.dtype)
             layer.conv1d = isinstance(linear, TransposedLinear)
             replace_module(model, name, layer)
@@ -44,24 +46,25 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     return model
 
 
+def _solve(name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
+    """The weight of the module called `name`, by the recipe's method."""
+    return solve_without_data(f"{name}.weight", recipe.method, weight, scheme, recipe.solver_options, recipe.search)
+
+
 def _quantize_ends(model: nn.Module, ends: EmbeddingAndHead, recipe: Recipe) -> None:
     schemes = ends.schemes(recipe)
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
         new: nn.Module
         if isinstance(module, nn.Embedding):
-            new = AfpqEmbedding.from_weight(
-                quantize_named(f"{name}.weight", module.weight, scheme, recipe.search), module
-            )
+            new = AfpqEmbedding.from_weight(_solve(name, module.weight, scheme, recipe), module)
         elif ends.tied:
             table = model.get_submodule(ends.embedding or "")
             assert isinstance(module, nn.Linear) and isinstance(table, AfpqEmbedding)
             new = AfpqTiedHead(table, module.bias)
         else:
             assert isinstance(module, nn.Linear)
-            new = AfpqLinear.from_weight(
-                quantize_named(f"{name}.weight", module.weight, scheme, recipe.search), module.bias
-            )
+            new = AfpqLinear.from_weight(_solve(name, module.weight, scheme, recipe), module.bias)
             new.readable = False
         replace_module(model, name, new)
     untie(model, schemes)
