@@ -16,7 +16,8 @@ SOURCE = TESTS.parent / "src" / "afpq"
 # Folders and the files beside them, in reading order: each imports only itself and what comes before it. Inside a room
 # files may import each other as long as there is no circle.
 ROOMS = [
-    "errors", "version", "progress", "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint", "calibration",
+    "errors", "version", "progress",
+    "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint", "calibration",
     "integrations", "evaluation", "demo", "jobs", "comparison", "__init__", "commands", "cli", "__main__",
 ]  # fmt: skip
 MAX_IN_ROOT = 8

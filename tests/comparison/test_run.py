@@ -36,7 +36,7 @@ def question(model: Path, **changes: Any) -> Question:
 def run(asked: Question, directory: Path) -> tuple[list[Result], list[str], Agenda]:
     notes: list[str] = []
     agenda = make_agenda(asked)
-    results = Comparison(asked, agenda, directory).run(lambda what, share: None, notes.append)
+    results = Comparison(asked, agenda, directory).run(lambda *_: None, notes.append)
     return results, notes, agenda
 
 
@@ -185,7 +185,7 @@ def test_peers_stand_beside_ours_and_their_troubles_do_not_stop_us(
     asked = question(tiny_model_dir, schemes=["nf3-sym-g64"], peers=True)
     agenda = make_agenda(asked)
     comparison = Comparison(asked, agenda, tmp_path)
-    results = comparison.run(lambda what, share: None, lambda note: None)
+    results = comparison.run(lambda *_: None, lambda note: None)
     assert [str(r.cell) for r in results] == ["float", "nf3-sym-g64 rtn", "exact torch"]
     peer = results[2]
     assert peer.kl == pytest.approx(0, abs=1e-9) and peer.bits_per_weight == 32 and peer.speed is None
@@ -236,7 +236,7 @@ def test_a_report_needs_no_network_and_is_whole(tiny_model_dir: Path, finished: 
     asked = question(tiny_model_dir, text_name="<text> & more")
     agenda = make_agenda(asked)
     comparison = Comparison(asked, agenda, finished)
-    results = comparison.run(lambda what, share: None, lambda note: None)
+    results = comparison.run(lambda *_: None, lambda note: None)
     about = describe_setting(comparison, results)
     written = write_comparison(tmp_path, about, results, asymmetries(agenda, results))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]

@@ -22,7 +22,7 @@ from afpq import AfpqError, Recipe, parse_scheme
 from afpq.calibration.sensitivity import GroupLosses, kind_of_layer
 from afpq.evaluation.loading import load_model
 from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget, pattern_of, read_losses, with_choice
-from afpq.jobs.prepare import CalibrationSettings, Job, prepare
+from afpq.jobs.prepare import BudgetSearch, CalibrationSettings, Job, Texts, prepare
 from afpq.model.blocks import find_blocks
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
@@ -34,7 +34,8 @@ FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 def job(model: Path, bits: float, file: Path | None = None, method: str = "rtn", **changes: Any) -> Job:
     recipe = Recipe(parse_scheme("nf4-asym-g64-log8"), method, **changes)
     budget = make_budget(bits, FEW)
-    return prepare(model, recipe, text=TEXT, settings=SETTINGS, measured=False, budget=budget, sensitivities=file)
+    search = BudgetSearch(budget, file)
+    return prepare(model, recipe, Texts(TEXT, evaluate=False), settings=SETTINGS, search=search)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     save(family, tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     options: Any = {"bits_per_weight": 3.6, "text": TEXT, "settings": SETTINGS, "measured": False}
-    plan = afpq.quantize(tmp_path / "model", tmp_path / "out", candidates=FEW, **options)
+    plan = afpq.quantize(tmp_path / "model", tmp_path / "out", candidates=FEW, **options).plan
     assert 3.4 < plan.bits_per_weight <= 3.6
     by_kind: dict[str, set[str]] = {}  # experts of a layer are of one kind
     for target in plan.targets:
@@ -130,7 +131,7 @@ def test_the_choice_is_saved_and_loads(tiny_model_dir: Path, tmp_path: Path) -> 
     from transformers import AutoModel, AutoModelForCausalLM
 
     options: Any = {"bits_per_weight": 3.4, "candidates": FEW, "text": TEXT, "settings": SETTINGS}
-    plan = afpq.quantize(tiny_model_dir, tmp_path / "out", **options)
+    plan = afpq.quantize(tiny_model_dir, tmp_path / "out", **options).plan
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     saved = json.loads((tmp_path / "out" / "afpq_sensitivities.json").read_text())
     schemes = {str(target.module): str(target.scheme) for target in plan.targets}
