@@ -49,7 +49,7 @@ def learn_in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quantize(model: Path, out: Path, scheme: str = SCHEME, method: str = "rtn", **options: Any) -> Any:
     text = TEXT if METHODS[method].calibrated else None
-    options = {"settings": SETTINGS, "measured": False, **options}
+    options = {"settings": SETTINGS, "evaluate": False, **options}
     return afpq.quantize(model, out, scheme, method=method, text=text, **options).plan
 
 

@@ -95,7 +95,7 @@ REFUSED = {"T5": "without a budget", "BART": "without a budget", "BERT, no head"
 def test_other_families(tmp_path: Path, family: str) -> None:
     save(family, tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    options: Any = {"bits_per_weight": 3.6, "text": TEXT, "settings": SETTINGS, "measured": False}
+    options: Any = {"bits_per_weight": 3.6, "text": TEXT, "settings": SETTINGS, "evaluate": False}
     plan = afpq.quantize(tmp_path / "model", tmp_path / "out", candidates=FEW, **options).plan
     assert 3.4 < plan.bits_per_weight <= 3.6
     by_kind: dict[str, set[str]] = {}  # experts of a layer are of one kind
@@ -162,7 +162,7 @@ def test_a_stopped_run_goes_on_without_measuring(
         if unit.startswith("model.layers.0"):
             raise Stop
 
-    options: Any = {"text": TEXT, "settings": SETTINGS, "measured": False, "candidates": FEW}
+    options: Any = {"text": TEXT, "settings": SETTINGS, "evaluate": False, "candidates": FEW}
     with pytest.raises(Stop):
         afpq.quantize(tiny_model_dir, tmp_path / "out", bits_per_weight=3.5, progress=stop, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "out.sensitivities.json"]

@@ -138,7 +138,7 @@ TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 OPTIONS: dict[str, Any] = {
     "text": TEXT,
     "settings": afpq.CalibrationSettings(samples=16, seq_len=24),
-    "measured": False,
+    "evaluate": False,
     "end_pass": 8,
 }
 

@@ -12,6 +12,7 @@ import pytest
 
 from afpq import AfpqError, AwqOptions, CalibrationSettings, GptqOptions, Recipe, parse_scheme, quantize
 from afpq.algorithms.solver_options import SolverOptions
+from afpq.jobs.bit_budget import Budget
 from afpq.jobs.prepare import Texts
 from afpq.jobs.quantize_checkpoint import Request, run_request
 
@@ -53,9 +54,7 @@ def test_the_old_names_work_with_a_warning(tiny_model_dir: Path, tmp_path: Path)
 
 
 def test_a_dry_run_writes_nothing_but_sensitivities(tiny_model_dir: Path, tmp_path: Path) -> None:
-    from afpq.jobs.bit_budget import Budget
-
-    budget = Budget(3.5, (parse_scheme("nf3-asym-g64"), parse_scheme("nf4-asym-g64")))
+    budget = Budget(4.0, (parse_scheme("nf3-asym-g64"), parse_scheme("nf4-asym-g64")))
     recipe = Recipe(parse_scheme("nf4-asym-g64"))
     texts = Texts(TEXT, evaluate=False)
     request = Request(
