@@ -15,7 +15,8 @@ from conftest import save_tokenizer
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme
 from afpq.algorithms import LayerStatistics, quantize_gptq, quantize_rtn
-from afpq.algorithms.methods import METHODS, Cost, LayerProblem, Method, Solution, Traits
+from afpq.algorithms.layer_problem import LayerProblem, Solution
+from afpq.algorithms.methods import METHODS, Cost, Method, Traits
 from afpq.algorithms.solver_options import GptqOptions, SolverOptions, option
 from afpq.checkpoint.reader import CARD
 from afpq.comparison.cells import Cell

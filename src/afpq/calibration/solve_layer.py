@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from afpq.algorithms import LayerStatistics, SingularHessian
-from afpq.algorithms.methods import METHODS, NEAREST, LayerProblem, Solution
+from afpq.algorithms.layer_problem import LayerProblem, Solution
+from afpq.algorithms.methods import METHODS, NEAREST
 from afpq.calibration.round_units import LayerLog
 from afpq.checkpoint.plan import Target
 from afpq.errors import AfpqError

@@ -14,13 +14,13 @@ from afpq.numerics.scheme import Scheme, default_format
 from afpq.recipe import Recipe, name_of, scheme_of_end
 
 QUANT_METHOD = "afpq"
-# 2: the embedding is packed, or the head in a scheme of its own, which an afpq that only knows 1 would misread.
+# 2: the embedding is packed, or the head in a scheme of its own, which an afpq that reads only 1 would misread.
 VERSIONS = (1, 2)
 ENDS = ("lm_head", "embedding")
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
-    """The keys that describe a scheme, in the field's names."""
+    """Return the keys that describe a scheme, in the field's names."""
     return {
         "bits": scheme.format.bits,
         "format": scheme.format.name,
@@ -31,7 +31,7 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
 
 
 def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme:
-    """Scheme of the keys given; missing ones come from `base`, or are the defaults.
+    """Return the scheme of the keys given; missing ones come from `base`, or are the defaults.
 
     Raises AfpqError for a wrong type, and for `bits` that contradict `format`.
     """
@@ -56,7 +56,7 @@ def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme
 
 
 def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model quantized by `recipe`, where `kept` names every linear left as it was."""
+    """Return the quantization_config of a model quantized by `recipe`; `kept` names every linear left as it was."""
     return {
         "quant_method": QUANT_METHOD,
         **scheme_to_json(recipe.scheme),
@@ -70,16 +70,16 @@ def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
 
 
 def ends_to_json(recipe: Recipe) -> dict[str, Any]:
-    """The keys of the embedding and the head where they are quantized, and the lowest version that reads them right."""
+    """Return the keys of a quantized embedding and head, and the lowest version that reads them right."""
     plain = recipe.embedding is None and recipe.lm_head in (None, recipe.scheme)
     schemes = {end: scheme_to_json(scheme) for end in ENDS if (scheme := getattr(recipe, end)) is not None}
     return {"version": 1 if plain else 2, **schemes}
 
 
 def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
-    """ "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys.
+    """Return "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys.
 
-    Of single linears, which may be thousands, only the keys that are not those of the rest.
+    Single linears, which may be thousands, have only the keys that differ from the rest.
     """
     overrides: dict[str, Any] = {}
     rest = scheme_to_json(recipe.scheme)
@@ -92,7 +92,7 @@ def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """(recipe without its skips, modules_to_not_convert). Raises AfpqError for what this version cannot read.
+    """Return (recipe without its skips, modules_to_not_convert). Raises AfpqError for what this version cannot read.
 
     `dynamic` follows GPTQModel: `"+:regex": {keys}` overrides the scheme, `"-:regex": {}` skips.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the command line prints, and how: one place for tables, progress and files of results."""
+"""Output of the command line: tables, progress and files of results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_w
 
 
 def print_plan(job: Job, verb: str, out: Path) -> None:
-    """One paragraph on what was, or would be, done; a warning where much of the model is left alone."""
+    """Print one paragraph on what was, or would be, done, and a warning if much of the model is left alone."""
     plan = job.plan
     schemes = plan.recipe.scheme if job.choice is None else "chosen below"
     console.print(
@@ -67,7 +67,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
 
 
 def print_choice(choice: Choice, plan: Plan) -> None:
-    """Which scheme was chosen for what, under a budget of bits."""
+    """Print which scheme was chosen for what, under a budget of bits."""
     bits = choice.budget.bits_per_weight
     console.print(f"chosen for at most {bits:g} bits per weight; predicted KL, roughly: {choice.kl:.4f}")
     rows = share_cells(choice, plan)
@@ -77,7 +77,7 @@ def print_choice(choice: Choice, plan: Plan) -> None:
 
 
 def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
-    """A choice for `--json`; nothing where there was none. The scheme of each layer is told by the plan."""
+    """Return a choice for `--json`; nothing if there was none. The plan contains the scheme of each layer."""
     if choice is None:
         return {}
     found = [{"scheme": str(s.scheme), "bits_per_weight": s.bits, "layers": s.layers} for s in shares(choice, plan)]
@@ -85,14 +85,14 @@ def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
 
 
 def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
-    """A warning that names what was not quantized, where that is much."""
+    """Print a warning that names what was not quantized, if that is much."""
     warning = coverage_warning(coverage, left)
     if warning is not None:
         errors.print(f"warning: {warning}", style="bold yellow")
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """What the card tells of the result's quality, and what the self-test did."""
+    """Print the figures of the card, and the result of the self-test."""
     if outcome.rounded:
         names = ", ".join(outcome.rounded[:4]) + (" and others" if len(outcome.rounded) > 4 else "")
         console.print(f"{len(outcome.rounded)} layers had nothing to learn from and were rounded to nearest: {names}")
@@ -116,7 +116,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
-    """An outcome for `--json`; nothing for a dry run."""
+    """Return an outcome for `--json`; nothing for a dry run."""
     if outcome is None:
         return {}
     found = outcome.measured
@@ -129,13 +129,13 @@ def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """The figures of a dry run."""
+    """Print the figures of a dry run."""
     scratch = f", {size_text(estimate.scratch_bytes)} of scratch files" if estimate.scratch_bytes else ""
     console.print(f"about {size_text(estimate.memory_bytes)} of memory{scratch}, {duration_text(estimate.seconds)}")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """A plan for `--json`."""
+    """Return a plan for `--json`."""
     return {
         "scheme": str(plan.recipe.scheme),
         "method": plan.recipe.method,
@@ -151,7 +151,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def check_json_place(path: Path | None) -> None:
-    """Raises AfpqError before any work where `--json` could not be written after it."""
+    """Raises AfpqError, before any work, if `--json` could not be written after it."""
     if path is None:
         return
     parent = path.absolute().parent
@@ -175,7 +175,7 @@ def save_json(path: Path | None, value: Any) -> None:
 
 @contextmanager
 def progress_bar(first: str) -> Iterator[Progress]:
-    """A bar with the time left, on standard error; nothing where that is no terminal."""
+    """Show a bar with the time left, on standard error; nothing if that is no terminal."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),

@@ -106,28 +106,17 @@ def quantize(
         warn_of_gptq()
         options = options_from(gptq, method)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    head, table = scheme_of_end(lm_head, scheme), scheme_of_end(embedding, scheme)
     recipe = Recipe(
-        scheme,
-        method,
-        scale_search=scale_search,
-        skip=tuple(skip),
-        overrides=tuple(overrides),
-        options=options,
-        lm_head=scheme_of_end(lm_head, scheme),
-        embedding=scheme_of_end(embedding, scheme),
-        end_pass=end_pass,
-    )
+        scheme, method, scale_search=scale_search, skip=tuple(skip), overrides=tuple(overrides), options=options,
+        lm_head=head, embedding=table, end_pass=end_pass,
+    )  # fmt: skip
+    file = None if sensitivities is None else Path(sensitivities)
     request = Request(
-        model=model,
-        out=Path(out),
-        recipe=recipe,
-        texts=Texts(text, eval_text, evaluate=evaluate),
-        settings=settings,
-        budget=make_budget(bits_per_weight, candidates),
-        sensitivities=None if sensitivities is None else Path(sensitivities),
-        resume=resume,
+        model=model, out=Path(out), recipe=recipe, texts=Texts(text, eval_text, evaluate=evaluate), settings=settings,
+        budget=make_budget(bits_per_weight, candidates), sensitivities=file, resume=resume,
         trust_remote_code=trust_remote_code,
-    )
+    )  # fmt: skip
     outcome = run_request(request, progress)[1]
     assert outcome is not None
     return outcome
