@@ -57,9 +57,9 @@ def run(arguments: argparse.Namespace, scheme: str, method: str, text: Any, refe
             method=method_name,
             text=calibration,
             settings=settings,
-            measured=False,
+            evaluate=False,
             **options,
-        )
+        ).plan
         seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(f"{scratch}/out", dtype="float32").dequantize()
     result = evaluate(model.float(), text, reference)

@@ -24,6 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import afpq
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.jobs import selftest
@@ -32,7 +33,7 @@ from afpq.jobs.execute import execute
 from afpq.jobs.prepare import Job
 from afpq.model.skeleton import build_skeleton
 from afpq.numerics.scheme import parse_scheme
-from afpq.recipe import METHODS, Recipe
+from afpq.recipe import Recipe
 
 CALIBRATION = afpq.CalibrationSettings(samples=16, seq_len=512)
 

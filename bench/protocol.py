@@ -21,7 +21,7 @@ import afpq
 from afpq.evaluation.loading import load_model, load_tokenizer
 from afpq.evaluation.perplexity import evaluate, logits_of
 from afpq.evaluation.text import tokenize, windows
-from afpq.jobs.prepare import prepare
+from afpq.jobs.prepare import Texts, prepare
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
     settings = afpq.CalibrationSettings(arguments.samples, arguments.seq_len)
     calibration = arguments.calibration_text.read_text("utf-8")
     recipe = afpq.Recipe(afpq.parse_scheme("nf3-asym-g64-log8"), "gptq")  # any calibrated one: the windows are the same
-    job = prepare(arguments.model, recipe, text=calibration, settings=settings, measured=False)
+    job = prepare(arguments.model, recipe, Texts(calibration, evaluate=False), settings=settings)
     assert job.windows is not None, "a calibrated method has windows"
     reference = [logits.clone() for logits in logits_of(load_model(arguments.model), text)]
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []

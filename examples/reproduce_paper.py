@@ -151,13 +151,13 @@ class Laboratory:
         options: dict[str, Any] = {}
         if self.arguments.settings == "authors":
             options = {"scale_search": "mse" if cell.method == "awq" else "absmax"}  # AWQ searches its clipping
-            options |= {"gptq": AUTHORS} if cell.method == "gptq" else {}
+            options |= {"options": AUTHORS} if cell.method == "gptq" else {}
         place.parent.mkdir(parents=True, exist_ok=True)
         plan = afpq.quantize(
-            self.arguments.model, place, cell.scheme, method=cell.method, measured=False,
+            self.arguments.model, place, cell.scheme, method=cell.method, evaluate=False,
             text=self.calibration if cell.method != "rtn" else None,
             settings=afpq.CalibrationSettings(self.arguments.samples, self.arguments.seq_len), **options,
-        )  # fmt: skip
+        ).plan  # fmt: skip
         place.with_suffix(".json").write_text(json.dumps({"bits": plan.bits_per_weight}))
         return plan.bits_per_weight
 

@@ -18,7 +18,6 @@ import transformers
 from packaging.version import Version
 
 import afpq
-from afpq import GptqOptions
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -267,7 +266,6 @@ CHEAP_TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(600))
 CHEAP = {
     "text": CHEAP_TEXT,
     "settings": afpq.CalibrationSettings(samples=4, seq_len=16),
-    "gptq": GptqOptions(sweeps=0, order="none"),
     "scale_search": "absmax",
 }
 

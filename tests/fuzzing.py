@@ -57,7 +57,7 @@ def make_seeds(directory: Path) -> tuple[Files, list[Files]]:
     quantized = []
     for index, scheme in enumerate(SCHEMES):
         out = directory / str(index)
-        afpq.quantize(directory / "float", out, scheme, measured=False, overrides=_override(index))
+        afpq.quantize(directory / "float", out, scheme, evaluate=False, overrides=_override(index))
         quantized.append(_files(out))
     return _files(directory / "float"), [*quantized, _in_two_shards(quantized[0])]
 
@@ -381,7 +381,7 @@ def judge_float(directory: Path, out: Path) -> tuple[str, str]:
     for place in (out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(place, ignore_errors=True)
     attempt(lambda: inspect_model(directory, InspectSettings(bits=(3,), group_size=32)))
-    ended, text = attempt(lambda: afpq.quantize(directory, out, "nf3-asym-g32-log8", measured=False))
+    ended, text = attempt(lambda: afpq.quantize(directory, out, "nf3-asym-g32-log8", evaluate=False))
     assert out.exists() == (not ended), "a result where it was refused, or none where it was not"
     # Weights stay where only the self-test found that they do not load, but not as a model.
     assert not (out.with_name(f"{out.name}.partial") / "config.json").exists(), text

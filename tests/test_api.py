@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme, quantize
 from afpq.checkpoint.reader import CARD, WEIGHTS
-from afpq.jobs.execute import LOG_NAME
+from afpq.jobs.finish_directory import LOG_NAME
 from afpq.jobs.prepare import prepare
 from afpq.jobs.quality_card import PICTURE
 from afpq.model.quantize_in_memory import quantize_model
@@ -80,7 +80,7 @@ def round_model(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory
     ],
 )
 def test_true_bits_counted_on_disk(round_model: Path, tmp_path: Path, scheme: str, bits: float) -> None:
-    plan = quantize(round_model, tmp_path / "out", scheme)
+    plan = quantize(round_model, tmp_path / "out", scheme).plan
     stored = load_file(tmp_path / "out" / WEIGHTS)
     originals = load_file(round_model / WEIGHTS)
     packed = {name: tensor for name, tensor in stored.items() if name.endswith(PARTS)}
@@ -118,7 +118,7 @@ def test_the_config_tells_the_recipe_and_keeps_the_rest(tiny_model_dir: Path, tm
 
 
 def test_the_log_has_a_line_for_every_linear(tiny_model_dir: Path, tmp_path: Path) -> None:
-    plan = quantize(tiny_model_dir, tmp_path / "out", "nf3-asym-g64", skip=("gate",))
+    plan = quantize(tiny_model_dir, tmp_path / "out", "nf3-asym-g64", skip=("gate",)).plan
     entries = [json.loads(line) for line in (tmp_path / "out" / LOG_NAME).read_text().splitlines()]
     assert [entry["module"] for entry in entries] == [target.module for target in plan.targets]
     assert len(entries) == 12

@@ -36,14 +36,14 @@ for method, kilobytes in [pair.split("=") for pair in sys.argv[3:]]:
     with open(filler, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, (SIZE - int(kilobytes)) * 1024)
     try:
-        quantize(model, out, "nf3-asym-g32", method=method, measured=False, **options)
+        quantize(model, out, "nf3-asym-g32", method=method, evaluate=False, **options)
         print(method, kilobytes, "fits", flush=True)
         filler.unlink()
     except AfpqError as error:
         kept = (disk / "out.partial").exists()
         print(method, kilobytes, "kept" if kept else "gone", out.exists(), str(error), flush=True)
         filler.unlink()
-        quantize(model, out, "nf3-asym-g32", method=method, measured=False, **options)
+        quantize(model, out, "nf3-asym-g32", method=method, evaluate=False, **options)
     weights = (out / "model.safetensors").read_bytes()
     print("weights", method, hashlib.sha256(weights).hexdigest(), (out / "config.json").exists(), flush=True)
     shutil.rmtree(out)
@@ -96,8 +96,8 @@ def test_a_read_only_disk_is_an_error_and_a_read_only_model_is_none(
     make_model(disk / "model")
     read_only(disk)
     with pytest.raises(AfpqError, match="Read-only"):
-        quantize(disk / "model", disk / "out", "nf4-asym-g64", measured=False)
-    quantize(disk / "model", tmp_path / "out", "nf4-asym-g64", measured=False)
+        quantize(disk / "model", disk / "out", "nf4-asym-g64", evaluate=False)
+    quantize(disk / "model", tmp_path / "out", "nf4-asym-g64", evaluate=False)
     assert (tmp_path / "out" / "config.json").exists()
 
 
@@ -168,11 +168,11 @@ def test_a_result_that_another_run_made_meanwhile_is_not_touched(tiny_model_dir:
         (out / "theirs").write_text("x")
 
     with pytest.raises(AfpqError, match="exists already"):
-        quantize(tiny_model_dir, out, "nf4-asym-g64", measured=False, progress=appear)
+        quantize(tiny_model_dir, out, "nf4-asym-g64", evaluate=False, progress=appear)
     assert [path.name for path in out.iterdir()] == ["theirs"]
     assert (tmp_path / "out.partial" / JOURNAL).exists()  # nothing of the work is lost
     os.replace(out, tmp_path / "theirs")
-    quantize(tiny_model_dir, out, "nf4-asym-g64", measured=False)
+    quantize(tiny_model_dir, out, "nf4-asym-g64", evaluate=False)
     assert (out / "config.json").exists() and not (out / JOURNAL).exists()
 
 
@@ -190,7 +190,7 @@ def test_two_runs_into_one_directory(tiny_model_dir: Path, tmp_path: Path) -> No
 
     text = "a text to learn from " * 100
     quantize(
-        tiny_model_dir, tmp_path / "out", "nf3-asym-g64", method="gptq", text=text, settings=settings, measured=False,
+        tiny_model_dir, tmp_path / "out", "nf3-asym-g64", method="gptq", text=text, settings=settings, evaluate=False,
         progress=second,
     )  # fmt: skip
     assert seen and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -28,6 +28,7 @@ import torch
 from bnb_layout import Layout, convert
 from conftest import TINY, save_tokenizer
 
+from afpq.algorithms.methods import METHODS
 from afpq.cli import main
 from afpq.kernels import set_compute
 
@@ -200,7 +201,10 @@ def reader(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    methods = dict(METHODS)
     yield Reader(monkeypatch)
+    METHODS.clear()  # a page adds one
+    METHODS.update(methods)
     set_compute("exact")
     for number, handler in handlers.items():
         signal.signal(number, handler)

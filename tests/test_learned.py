@@ -20,18 +20,19 @@ from typer.testing import CliRunner
 import afpq
 from afpq import AfpqConfig, AfpqError, CalibrationSettings, Recipe, parse_scheme
 from afpq.algorithms import learned_codebooks as books
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.quantization_config import config_from_json, config_to_json
 from afpq.checkpoint.reader import WEIGHTS
 from afpq.cli import app
-from afpq.jobs.execute import LOG_NAME
 from afpq.jobs.export import export
+from afpq.jobs.finish_directory import LOG_NAME
 from afpq.kernels import reference
 from afpq.model.linear import AfpqLinear
 from afpq.model.quantize_in_memory import model_bits, quantize_model
 from afpq.numerics.formats import parse_format
 from afpq.numerics.scheme import Scheme
-from afpq.recipe import METHODS, exactly, name_of
+from afpq.recipe import exactly, name_of
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 SETTINGS = CalibrationSettings(samples=4, seq_len=32)
@@ -48,8 +49,8 @@ def learn_in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quantize(model: Path, out: Path, scheme: str = SCHEME, method: str = "rtn", **options: Any) -> Any:
     text = TEXT if METHODS[method].calibrated else None
-    options = {"settings": SETTINGS, "measured": False, **options}
-    return afpq.quantize(model, out, scheme, method=method, text=text, **options)
+    options = {"settings": SETTINGS, "evaluate": False, **options}
+    return afpq.quantize(model, out, scheme, method=method, text=text, **options).plan
 
 
 def load(directory: Path, **options: Any) -> Any:

@@ -22,7 +22,7 @@ from afpq.cli import app
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model
 from afpq.jobs.estimate import _calibration_flops, _expert_share
-from afpq.jobs.prepare import CalibrationSettings, prepare
+from afpq.jobs.prepare import CalibrationSettings, Texts, prepare
 from afpq.model.experts import AfpqExperts
 from afpq.model.linear import AfpqLinear
 from afpq.recipe import Recipe
@@ -62,7 +62,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def calibrated(source: Path, out: Path, method: str = "gptq", settings: CalibrationSettings = SETTINGS) -> Plan:
-    return afpq.quantize(source, out, SCHEME, method=method, text=TEXT, measured=False, settings=settings)
+    return afpq.quantize(source, out, SCHEME, method=method, text=TEXT, evaluate=False, settings=settings).plan
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_quantize_load_and_run(kind: str, method: str, sources: dict[str, Path],
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_while_loading_is_the_same(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    afpq.quantize(sources[kind], tmp_path / "out", SCHEME, measured=False)
+    afpq.quantize(sources[kind], tmp_path / "out", SCHEME, evaluate=False)
     config = afpq.AfpqConfig(format="nf3", group_size=32, scale_dtype="float16")
     model = AutoModelForCausalLM.from_pretrained(sources[kind], quantization_config=config).eval()
     assert torch.equal(logits(model), logits(load_model(tmp_path / "out", device="cpu")))
@@ -126,13 +126,13 @@ def test_names_in_the_files_are_the_models_own(sources: dict[str, Path], tmp_pat
     """Other tools know experts by these: vLLM's Mixtral reads block_sparse_moe.experts.0.w1."""
     for kind, name in (("mixtral", "block_sparse_moe.experts.3.w1"), ("qwen3_moe", "mlp.experts.5.gate_proj")):
         assert f"model.layers.1.{name}.weight" in open_checkpoint(sources[kind]).tensors
-        afpq.quantize(sources[kind], tmp_path / kind, SCHEME, measured=False)
+        afpq.quantize(sources[kind], tmp_path / kind, SCHEME, evaluate=False)
         assert f"model.layers.1.{name}.qweight" in open_checkpoint(tmp_path / kind).tensors
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantized_experts_are_fused_again(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    afpq.quantize(sources[kind], tmp_path / "out", SCHEME, measured=False)
+    afpq.quantize(sources[kind], tmp_path / "out", SCHEME, evaluate=False)
     model = load_model(tmp_path / "out", device="cpu")
     before = logits(model)
     model.dequantize().save_pretrained(tmp_path / "plain")
@@ -197,10 +197,10 @@ def test_all_experts_learn_from_all_tokens(sources: dict[str, Path], tmp_path: P
 
 def test_experts_may_be_skipped_by_the_layer_only(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(AfpqError, match=r"layers\.0\.mlp\.experts: 8 of its 12 linears.*skip all experts"):
-        afpq.quantize(sources["mixtral"], tmp_path / "out", SCHEME, skip=("w2",), measured=False)
+        afpq.quantize(sources["mixtral"], tmp_path / "out", SCHEME, skip=("w2",), evaluate=False)
     for kind in KINDS:
         out = tmp_path / kind
-        plan = afpq.quantize(sources[kind], out, SCHEME, skip=("layers.1.mlp.experts",), measured=False)
+        plan = afpq.quantize(sources[kind], out, SCHEME, skip=("layers.1.mlp.experts",), evaluate=False).plan
         assert "model.layers.1.mlp.experts" in plan.kept
         model = load_model(out, device="cpu")
         assert [n for n, m in model.named_modules() if isinstance(m, AfpqExperts)] == ["model.layers.0.mlp.experts"]
@@ -210,7 +210,7 @@ def test_experts_may_be_skipped_by_the_layer_only(sources: dict[str, Path], tmp_
 
 def test_experts_of_a_layer_may_have_different_schemes(sources: dict[str, Path], tmp_path: Path) -> None:
     down = afpq.parse_scheme("nf4-sym-g32")
-    afpq.quantize(sources["mixtral"], tmp_path / "out", SCHEME, overrides=((r"\.w2$", down),), measured=False)
+    afpq.quantize(sources["mixtral"], tmp_path / "out", SCHEME, overrides=((r"\.w2$", down),), evaluate=False)
     model = load_model(tmp_path / "out", device="cpu")
     experts = model.model.layers[0].mlp.experts
     assert str(experts.get_submodule("0.w2").scheme) == "nf4-sym-g32"
@@ -235,7 +235,7 @@ def test_a_command_says_which_experts_learned_nothing(sources: dict[str, Path], 
 
 def test_a_dry_run_counts_only_the_tokens_that_reach_an_expert(sources: dict[str, Path]) -> None:
     """Two of four experts a token: the experts' share of the work is half of what all tokens would make."""
-    job = prepare(sources["mixtral"], Recipe(afpq.parse_scheme(SCHEME), "gptq"), text=TEXT, settings=SETTINGS)
+    job = prepare(sources["mixtral"], Recipe(afpq.parse_scheme(SCHEME), "gptq"), Texts(TEXT), settings=SETTINGS)
     experts = [target for target in job.plan.targets if target.expert]
     assert len(experts) == 24
     assert _expert_share(job.plan) == 0.5

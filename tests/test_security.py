@@ -58,7 +58,7 @@ def test_no_function_trusts_a_checkpoint_by_default() -> None:
             fields = {field.name: field.default for field in dataclasses.fields(function)}
             defaults |= {f"{name} field": fields[TRUST]} if TRUST in fields else {}
     assert {
-        "afpq.api.quantize",
+        "afpq.jobs.quantize_checkpoint.quantize",
         "afpq.evaluation.loading.load_model",
         "afpq.checkpoint.info.model_info",
     } <= defaults.keys()
@@ -89,7 +89,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "info": lambda model, _: model_info(model),
     "inspect": lambda model, _: inspect_model(model),
     "load": lambda model, _: load_model(model, device="cpu"),
-    "quantize": lambda model, out: afpq.quantize(model, out, measured=False),
+    "quantize": lambda model, out: afpq.quantize(model, out, evaluate=False),
 }
 
 
@@ -122,7 +122,7 @@ def test_an_index_leads_to_safetensors_beside_it_only(tiny_copy: Path, tmp_path:
 
 def test_transformers_opens_no_pickle_of_a_quantized_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    afpq.quantize(tiny_model_dir, out, measured=False)
+    afpq.quantize(tiny_model_dir, out, evaluate=False)
     (out / WEIGHTS).unlink()
     torch.save({"lm_head.weight": torch.zeros(256, 64)}, out / "pytorch_model.bin")
     with pytest.raises(AfpqError, match=r"pytorch_model\.bin.*safetensors only"):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """afpq: 2- to 4-bit weights with a scale for each sign. Importing it registers the Transformers plug-in."""
 
-from afpq.algorithms.solver_options import GptqOptions
-from afpq.api import quantize
+from afpq.algorithms.solver_options import AwqOptions, GptqOptions
 from afpq.errors import AfpqError
 from afpq.integrations.transformers import AfpqConfig
 from afpq.jobs.export import export
+from afpq.jobs.finish_directory import Outcome
 from afpq.jobs.import_bitsandbytes import import_model
 from afpq.jobs.prepare import CalibrationSettings
+from afpq.jobs.quantize_checkpoint import quantize
 from afpq.kernels import set_compute
 from afpq.model.embedding import AfpqEmbedding
 from afpq.model.linear import AfpqLinear
@@ -23,9 +24,11 @@ __all__ = [
     "AfpqEmbedding",
     "AfpqError",
     "AfpqLinear",
+    "AwqOptions",
     "CalibrationSettings",
     "Format",
     "GptqOptions",
+    "Outcome",
     "QuantizedWeight",
     "Recipe",
     "Scheme",

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Recipe: what is done to a whole model, as a value; and the methods it names."""
+"""Recipe: what is done to a whole model, as a value."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property, wraps
+from typing import Any
 
-from afpq.algorithms.solver_options import GptqOptions
+from afpq.algorithms.methods import METHODS, NEAREST, Traits
+from afpq.algorithms.solver_options import GptqOptions, SolverOptions
 from afpq.errors import AfpqError
 from afpq.numerics.scale_search import SCALE_SEARCHES
 from afpq.numerics.scheme import Scheme, parse_scheme
@@ -36,54 +39,67 @@ def _matches(pattern: str, name: str) -> bool:
         return False
 
 
-SAME = "same"  # says that the head or the embedding has the scheme of the blocks
+SAME = "same"  # the head or the embedding has the scheme of the blocks
 
 
-@dataclass(frozen=True)
-class Method:
-    """How codes are found: by which solver, after which transform; calibrated ones need text.
-
-    Guided ones also need gradients of the model's predictions (`fisher.py`).
-    """
-
-    solver: str
-    transform: str | None = None
-    guided: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        return self.solver != "rtn" or self.transform is not None
+def options_from(given: SolverOptions, method: str) -> SolverOptions | None:
+    """The options of `method` that `given`, of any method, contains; None for an unknown method."""
+    if method not in METHODS:
+        return None
+    kind = METHODS[method].options
+    return kind(**{part.name: getattr(given, part.name) for part in fields(kind) if hasattr(given, part.name)})
 
 
-METHODS = {
-    "rtn": Method("rtn"),
-    "gptq": Method("gptq"),
-    "awq": Method("rtn", "awq"),
-    "awq+gptq": Method("gptq", "awq"),
-    "tune": Method("gptq", guided=True),
-}
+def warn_of_gptq() -> None:
+    """Warn that `gptq` is the name that `options` had before."""
+    warnings.warn("gptq= is called options= now; the old name goes with the next version", DeprecationWarning, 3)
 
 
+def _takes_gptq(recipe: type[Recipe]) -> type[Recipe]:
+    """Accept `gptq`, the name that `options` had before, in the constructor and as an attribute."""
+    init: Any = recipe.__init__
+
+    @wraps(init)
+    def __init__(self: Recipe, *values: Any, gptq: GptqOptions | None = None, **named: Any) -> None:
+        init(self, *values, **named)
+        if gptq is not None:
+            warn_of_gptq()
+            object.__setattr__(self, "options", options_from(gptq, self.method))
+
+    def old_name(self: Recipe) -> GptqOptions:
+        warn_of_gptq()
+        given = self.solver_options
+        return given if isinstance(given, GptqOptions) else GptqOptions()
+
+    setattr(recipe, "__init__", __init__)  # noqa: B010  (mypy forbids the assignment)
+    setattr(recipe, "gptq", property(old_name))  # noqa: B010
+    return recipe
+
+
+@_takes_gptq
 @dataclass(frozen=True)
 class Recipe:
-    """Scheme + solver + what to leave alone (`skip`) or store otherwise (`overrides`).
+    """A scheme, a method, and what to leave alone (`skip`) or store otherwise (`overrides`).
 
-    They are about the linears of the blocks. What stands outside is left alone, but for the output head and the
-    embedding of tokens where `lm_head` and `embedding` name schemes for them; tied ones are one weight of one scheme.
+    They concern the linears of the blocks. All else is left alone, except the output head and the embedding of tokens
+    if `lm_head` and `embedding` contain schemes for them; tied ones are one weight of one scheme.
 
     Patterns are regular expressions searched in module names, such as `model.layers.0.self_attn.q_proj`; the first
-    override that matches wins. Those of a single name (`exactly`) may be thousands: they are looked up. Raises
-    AfpqError for an unknown method or search, or a pattern that does not compile.
+    override that matches wins. Those of a single name (`exactly`) may be thousands: they are looked up.
 
-    `end_pass`: steps of tuning scales, norms and biases together at the end (`end_pass.py`).
+    `options` are the method's, of the type in its row of METHODS; None for its defaults. `end_pass`: steps of tuning
+    scales, norms and biases together at the end (`end_pass.py`).
+
+    Raises AfpqError for an unknown method or search, options of another method, or a pattern that does not compile.
     """
 
     scheme: Scheme
-    method: str = "rtn"
-    scale_search: str | None = None  # absmax for plain rtn, as in the paper; mse where there is data
+    method: str = NEAREST
+    _: KW_ONLY
+    scale_search: str | None = None  # absmax for plain rtn, as in the paper; mse if there is data
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Scheme], ...] = ()
-    gptq: GptqOptions = field(default_factory=GptqOptions)
+    options: SolverOptions | None = None
     lm_head: Scheme | None = None
     embedding: Scheme | None = None
     end_pass: int = 0
@@ -91,6 +107,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise AfpqError(f"method {self.method!r}; known: {', '.join(METHODS)}")
+        kind = METHODS[self.method].options
+        if self.options is not None and type(self.options) is not kind:
+            wanted = kind.__name__ if fields(kind) else "no options"
+            raise AfpqError(f"method {self.method!r} takes {wanted}, got {type(self.options).__name__}")
         if self.search not in SCALE_SEARCHES:
             raise AfpqError(f"scale search {self.scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
         if self.end_pass < 0:
@@ -106,8 +126,18 @@ class Recipe:
         """The scale search, the method's default if none was named."""
         return self.scale_search or ("mse" if METHODS[self.method].calibrated else "absmax")
 
+    @property
+    def solver_options(self) -> SolverOptions:
+        """The options, the method's defaults if none were given."""
+        return METHODS[self.method].options() if self.options is None else self.options
+
+    @property
+    def traits(self) -> Traits:
+        """What the method needs with these options."""
+        return METHODS[self.method].traits(self.solver_options)
+
     def scheme_for(self, name: str) -> Scheme | None:
-        """The scheme of the linear called `name`; None if it is skipped."""
+        """Return the scheme of the linear called `name`; None if it is skipped."""
         if any(re.search(pattern, name) for pattern in self.skip):
             return None
         place, scheme = self._by_name.get(name, (len(self.overrides), self.scheme))

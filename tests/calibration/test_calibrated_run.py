@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import afpq
-from afpq.algorithms import quantize_rtn
+from afpq.algorithms import LayerStatistics, quantize_rtn
+from afpq.algorithms.methods import METHODS
 from afpq.algorithms.solver_options import GptqOptions
-from afpq.calibration.calibrated_run import solve_layer
-from afpq.calibration.stages import Moments
+from afpq.calibration.solve_layer import solve_layer
 from afpq.checkpoint.plan import Target
 from afpq.errors import AfpqError
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.scheme import parse_scheme
-from afpq.recipe import METHODS, Recipe
+from afpq.recipe import Recipe
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 SETTINGS = afpq.CalibrationSettings(samples=6, seq_len=48)
@@ -59,7 +59,7 @@ def test_the_output_error_falls_and_the_result_loads(tiny_model_dir: Path, tmp_p
     before = sum(float(str(entry["output_error_before"])) for entry in entries)
     assert (
         sum(float(str(entry["output_error"])) for entry in entries)
-        < (0.8 if METHODS[method].solver == "gptq" else 1) * before
+        < (0.8 if METHODS[method].traits(METHODS[method].options()).damp is not None else 1) * before
     )
     assert all(entry["tokens"] == 6 * 48 for entry in entries)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
@@ -81,7 +81,9 @@ def test_same_text_and_seed_same_bits_another_seed_others(tiny_model_dir: Path, 
     "options", [GptqOptions(float_target=False), GptqOptions(sequential=False), GptqOptions(order="act", sweeps=0)]
 )
 def test_every_part_can_be_switched_off(tiny_model_dir: Path, tmp_path: Path, options: GptqOptions) -> None:
-    assert not equal(quantize(tiny_model_dir, tmp_path / "a"), quantize(tiny_model_dir, tmp_path / "b", gptq=options))
+    assert not equal(
+        quantize(tiny_model_dir, tmp_path / "a"), quantize(tiny_model_dir, tmp_path / "b", options=options)
+    )
 
 
 def test_awq_keeps_the_function_of_what_it_does_not_quantize(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -112,8 +114,8 @@ def test_no_text_or_too_little_is_an_error(tiny_model_dir: Path, tmp_path: Path,
 def test_gradients_that_teach_nothing_leave_gptq_with_a_note(fill: float) -> None:
     W, X = torch.randn(8, 16), torch.randn(64, 16)
     target = Target("layer", TensorPart("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
-    moments = Moments(X.T @ X, torch.zeros(16, 16), 64)
-    weight, log = solve_layer(W, moments, target, Recipe(target.scheme, "tune"), torch.full((8, 8), fill))
+    moments = LayerStatistics(X.T @ X, torch.zeros(16, 16), 64, torch.full((8, 8), fill))
+    weight, log = solve_layer(W, moments, target, Recipe(target.scheme, "tune"))
     gptq, _ = solve_layer(W, moments, target, Recipe(target.scheme, "gptq"))
     assert torch.equal(weight.codes, gptq.codes)
     assert log.method == "gptq" and log.note is not None and "gradients" in log.note
@@ -124,7 +126,7 @@ def test_gradients_that_teach_nothing_leave_gptq_with_a_note(fill: float) -> Non
 def test_useless_activations_fall_back_to_rounding_with_a_note(fill: float, method: str) -> None:
     W = torch.randn(8, 16)
     target = Target("layer", TensorPart("layer.weight"), parse_scheme("nf3-asym-g8"), (8, 16), "layer.")
-    moments = Moments(torch.full((16, 16), fill), torch.zeros(16, 16), 5)
+    moments = LayerStatistics(torch.full((16, 16), fill), torch.zeros(16, 16), 5)
     weight, log = solve_layer(W, moments, target, Recipe(target.scheme, method))
     nearest = quantize_rtn(W, target.scheme, "mse")
     if method == "gptq" or fill != 0:
@@ -210,7 +212,7 @@ def test_a_model_without_predictions_cannot_be_tuned(tmp_path: Path) -> None:
     transformers.BertModel(config).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     with pytest.raises(AfpqError, match="--method gptq"):
-        quantize(tmp_path / "model", tmp_path / "out", "tune", measured=False)
+        quantize(tmp_path / "model", tmp_path / "out", "tune", evaluate=False)
 
 
 def test_a_changed_model_text_or_setting_is_refused(tiny_copy: Path, tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_changed_model_text_or_setting_is_refused(tiny_copy: Path, tmp_path: P
     with pytest.raises(AfpqError, match="another text"):
         quantize(tiny_copy, tmp_path / "out", text=TEXT[::-1])
     with pytest.raises(AfpqError, match="another setting"):
-        quantize(tiny_copy, tmp_path / "out", gptq=GptqOptions(damp=0.02))
+        quantize(tiny_copy, tmp_path / "out", options=GptqOptions(damp=0.02))
     os.utime(tiny_copy / "model.safetensors", (1, 1))
     with pytest.raises(AfpqError, match="another model"):
         quantize(tiny_copy, tmp_path / "out")

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from afpq.calibration.calibrated_run import ALONE
 from afpq.calibration.capture import capture
 from afpq.calibration.expert_inputs import Routed, Tokens, route, routed_batch
 from afpq.calibration.hidden_states import Activations
+from afpq.calibration.solve_block import ALONE
 from afpq.calibration.stages import collect, find_stages
 from afpq.errors import AfpqError
 from afpq.model.blocks import find_blocks

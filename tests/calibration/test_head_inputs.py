@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import afpq
 from afpq import parse_scheme
-from afpq.algorithms import quantize_gptq, quantize_rtn
+from afpq.algorithms import LayerStatistics, quantize_gptq, quantize_rtn
 from afpq.algorithms.solver_options import GptqOptions
 from afpq.calibration import head_inputs as head
-from afpq.calibration.head_inputs import head_second_moments, solve_in_parts
+from afpq.calibration.head_inputs import head_statistics, solve_in_parts
 from afpq.calibration.solve_layer import solve_layer
-from afpq.calibration.stages import Moments
 from afpq.checkpoint.plan import Target
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import from_tensors
@@ -53,14 +52,14 @@ def test_the_heads_output_error_falls(tmp_path: Path, make: Any, method: str) ->
 @pytest.mark.parametrize("make", [llama, gemma2, opt])
 def test_it_learns_from_what_the_head_reads(tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are not quantized leave the float model's states: then H and D are those of the whole float model."""
-    seen: list[Moments] = []
-    original = head_second_moments
+    seen: list[LayerStatistics] = []
+    original = head_statistics
 
-    def spy(*arguments: Any) -> Moments:
+    def spy(*arguments: Any) -> LayerStatistics:
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr("afpq.calibration.calibrated_run.head_second_moments", spy)
+    monkeypatch.setattr("afpq.calibration.calibrated_run.head_statistics", spy)
     directory = save(make(False), tmp_path / "model")
     windows: list[Tensor] = []
     monkeypatch.setattr("afpq.jobs.prepare.sample_windows", _noting(afpq.jobs.prepare.sample_windows, windows))  # type: ignore[attr-defined]
@@ -87,10 +86,10 @@ def _noting(function: Any, results: list[Any]) -> Any:
 def test_parts_give_what_the_whole_gives(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     W, x = torch.randn(51, 64), torch.randn(200, 64) * torch.rand(64)
-    moments = Moments(x.T @ x, None, 200)
-    recipe = Recipe(parse_scheme(scheme), "gptq", gptq=GptqOptions(float_target=False))
+    moments = LayerStatistics(x.T @ x, None, 200)
+    recipe = Recipe(parse_scheme(scheme), "gptq", options=GptqOptions(float_target=False))
     target = Target("lm_head", TensorPart("lm_head.weight"), recipe.scheme, (51, 64), "lm_head.")
-    whole, _ = quantize_gptq(W, moments.H, recipe.scheme, recipe.gptq)
+    whole, _ = quantize_gptq(W, moments.H, recipe.scheme, GptqOptions(float_target=False))
     monkeypatch.setattr(head, "PART", 16 * 64)
     tensors, log = solve_in_parts(W, moments, target, recipe, solve_layer)
     found = from_tensors(tensors, recipe.scheme, 64).dequantize()

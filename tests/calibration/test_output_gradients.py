@@ -110,7 +110,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     save_tokenizer(tmp_path / "model")
     settings = afpq.CalibrationSettings(samples=4, seq_len=32)
     text = "The tuned weights of any family. " * 40
-    options: Any = {"text": text, "settings": settings, "measured": False}
+    options: Any = {"text": text, "settings": settings, "evaluate": False}
     afpq.quantize(tmp_path / "model", tmp_path / "out", "nf3-asym-g32", method="tune", **options)
     notes = [json.loads(line) for line in (tmp_path / "out" / "afpq_log.jsonl").read_text().splitlines()]
     solved = [note for note in notes if note["method"] == "tune"]

@@ -48,7 +48,7 @@ def test_an_original_model_by_hand(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize("scheme", ["nf4-asym-g128", "nf2-sym-g32", "int4-asym-g32", "int8-sym-g-1"])
 def test_it_agrees_with_the_plan(tiny_model_dir: Path, tmp_path: Path, scheme: str) -> None:
     overrides = (("down_proj", parse_scheme("int8-sym-g32")),)
-    plan = quantize(tiny_model_dir, tmp_path / "out", scheme, skip=("q_proj",), overrides=overrides)
+    plan = quantize(tiny_model_dir, tmp_path / "out", scheme, skip=("q_proj",), overrides=overrides).plan
     info = model_info(tmp_path / "out")
     assert info.bits_per_weight == pytest.approx(plan.bits_per_weight, rel=1e-12)
     assert info.coverage == pytest.approx(plan.coverage, rel=1e-12)

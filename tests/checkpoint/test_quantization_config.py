@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.quantization_config import config_from_json, config_to_json, scheme_from_json, scheme_to_json
 from afpq.errors import AfpqError
 from afpq.numerics.formats import FORMATS, custom_format
 from afpq.numerics.scheme import Scheme, parse_scheme
-from afpq.recipe import METHODS, Recipe, is_kept
+from afpq.recipe import Recipe, is_kept
 
 NF4, NF3, INT8 = parse_scheme("nf4-asym-g128"), parse_scheme("nf3-asym-g64"), parse_scheme("int8-sym-g-1")
 NAMES = [f"model.layers.{i}.{part}" for i in (0, 1, 11) for part in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]

@@ -16,7 +16,7 @@ from afpq.checkpoint.reader import open_checkpoint
 
 def test_every_layer_with_its_scheme_and_tensors(tiny_model_dir: Path, tmp_path: Path) -> None:
     overrides = (("down_proj", parse_scheme("int8-asym-g32")),)
-    plan = quantize(tiny_model_dir, tmp_path / "q", overrides=overrides, skip=("q_proj",), measured=False)
+    plan = quantize(tiny_model_dir, tmp_path / "q", overrides=overrides, skip=("q_proj",), evaluate=False).plan
     checkpoint = open_checkpoint(tmp_path / "q")
     layers = quantized_layers(checkpoint)
     assert {(layer.name, layer.scheme, layer.shape) for layer in layers} == {
@@ -42,7 +42,7 @@ def test_a_checkpoint_of_the_model_without_its_head(tiny_model_dir: Path, tmp_pa
 
 def test_a_linear_that_the_config_does_not_keep_must_be_packed(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Also outside of the blocks, as a model demands when it is loaded."""
-    quantize(tiny_model_dir, tmp_path / "q", measured=False)
+    quantize(tiny_model_dir, tmp_path / "q", evaluate=False)
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = []
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))

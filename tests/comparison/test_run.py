@@ -133,7 +133,7 @@ def test_peers_stand_beside_ours_and_their_troubles_do_not_stop_us(
     asked = question(tiny_model_dir, schemes=["nf3-sym-g64"], peers=True)
     agenda = make_agenda(asked)
     comparison = Comparison(asked, agenda, tmp_path)
-    results = comparison.run(lambda what, share: None, lambda note: None)
+    results = comparison.run(lambda *_: None, lambda note: None)
     assert [str(r.cell) for r in results] == ["float", "nf3-sym-g64 rtn", "exact torch"]
     peer = results[2]
     assert peer.kl == pytest.approx(0, abs=1e-9) and peer.bits_per_weight == 32 and peer.speed is None

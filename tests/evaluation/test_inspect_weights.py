@@ -38,7 +38,7 @@ def test_errors_are_those_of_quantizing_where_all_rows_are_read(tiny_model_dir: 
 def test_bits_are_those_of_quantizing(tiny_model_dir: Path, tmp_path: Path) -> None:
     found = inspect_model(tiny_model_dir, SMALL)
     for scheme, bits in found.bits.items():
-        assert bits == quantize(tiny_model_dir, tmp_path / scheme, scheme).bits_per_weight
+        assert bits == quantize(tiny_model_dir, tmp_path / scheme, scheme).plan.bits_per_weight
     assert found.bits["nf3-asym-g32"] == found.bits["nf3-sym-g16"] == 4  # two scales cost half the group
 
 

@@ -162,9 +162,9 @@ def test_batches_do_not_change_the_result(
 
 
 def test_progress_counts_the_windows(model: Any, text: Tensor) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     evaluate(model, text, progress=lambda *call: calls.append(call))
-    assert calls == [(i, 7) for i in range(1, 8)]
+    assert calls == [("windows", i, 7) for i in range(1, 8)]
 
 
 def test_no_gradients_are_kept(model: Any, text: Tensor) -> None:

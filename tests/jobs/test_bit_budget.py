@@ -23,7 +23,7 @@ from afpq.calibration.sensitivity import GroupLosses, kind_of_layer
 from afpq.evaluation.loading import load_model
 from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget
 from afpq.jobs.chosen_overrides import pattern_of, with_choice
-from afpq.jobs.prepare import CalibrationSettings, Job, prepare
+from afpq.jobs.prepare import BudgetSearch, CalibrationSettings, Job, Texts, prepare
 from afpq.jobs.sensitivity_file import read_losses
 from afpq.model.blocks import find_blocks
 
@@ -36,7 +36,8 @@ FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 def job(model: Path, bits: float, file: Path | None = None, method: str = "rtn", **changes: Any) -> Job:
     recipe = Recipe(parse_scheme("nf4-asym-g64-log8"), method, **changes)
     budget = make_budget(bits, FEW)
-    return prepare(model, recipe, text=TEXT, settings=SETTINGS, measured=False, budget=budget, sensitivities=file)
+    search = BudgetSearch(budget, file)
+    return prepare(model, recipe, Texts(TEXT, evaluate=False), settings=SETTINGS, search=search)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,8 @@ REFUSED = {"T5": "without a budget", "BART": "without a budget", "BERT, no head"
 def test_other_families(tmp_path: Path, family: str) -> None:
     save(family, tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    options: Any = {"bits_per_weight": 3.6, "text": TEXT, "settings": SETTINGS, "measured": False}
-    plan = afpq.quantize(tmp_path / "model", tmp_path / "out", candidates=FEW, **options)
+    options: Any = {"bits_per_weight": 3.6, "text": TEXT, "settings": SETTINGS, "evaluate": False}
+    plan = afpq.quantize(tmp_path / "model", tmp_path / "out", candidates=FEW, **options).plan
     assert 3.4 < plan.bits_per_weight <= 3.6
     by_kind: dict[str, set[str]] = {}  # experts of a layer are of one kind
     for target in plan.targets:
@@ -132,7 +133,7 @@ def test_the_choice_is_saved_and_loads(tiny_model_dir: Path, tmp_path: Path) -> 
     from transformers import AutoModel, AutoModelForCausalLM
 
     options: Any = {"bits_per_weight": 3.4, "candidates": FEW, "text": TEXT, "settings": SETTINGS}
-    plan = afpq.quantize(tiny_model_dir, tmp_path / "out", **options)
+    plan = afpq.quantize(tiny_model_dir, tmp_path / "out", **options).plan
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     saved = json.loads((tmp_path / "out" / "afpq_sensitivities.json").read_text())
     schemes = {str(target.module): str(target.scheme) for target in plan.targets}
@@ -163,7 +164,7 @@ def test_a_stopped_run_goes_on_without_measuring(
         if unit.startswith("model.layers.0"):
             raise Stop
 
-    options: Any = {"text": TEXT, "settings": SETTINGS, "measured": False, "candidates": FEW}
+    options: Any = {"text": TEXT, "settings": SETTINGS, "evaluate": False, "candidates": FEW}
     with pytest.raises(Stop):
         afpq.quantize(tiny_model_dir, tmp_path / "out", bits_per_weight=3.5, progress=stop, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "out.sensitivities.json"]

@@ -27,7 +27,7 @@ from afpq.jobs.card_sample import (
     unused_card_text,
 )
 from afpq.jobs.execute import execute
-from afpq.jobs.prepare import CalibrationSettings, Job, prepare
+from afpq.jobs.prepare import CalibrationSettings, Job, Texts, prepare
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 RECIPE = Recipe(parse_scheme("nf3-asym-g64"))
@@ -73,26 +73,25 @@ def origin(job: Job) -> str:
 
 def test_the_sample_follows_what_was_given(tiny_model_dir: Path) -> None:
     gptq = Recipe(parse_scheme("nf3-asym-g64"), "gptq")
-    names = ("a.txt", "b.txt")
     assert "no text" in origin(prepare(tiny_model_dir, RECIPE))
-    assert "no part" in origin(prepare(tiny_model_dir, RECIPE, text=TEXT, names=names))
-    assert "did not use" in origin(prepare(tiny_model_dir, gptq, text=TEXT, names=names, settings=SMALL))
-    assert origin(prepare(tiny_model_dir, gptq, text=TEXT, eval_text="other text", names=names)) == "b.txt"
-    assert "switched off" in origin(prepare(tiny_model_dir, gptq, text=TEXT, measured=False))
+    assert "no part" in origin(prepare(tiny_model_dir, RECIPE, Texts(TEXT, calibration_name="a.txt")))
+    assert "did not use" in origin(prepare(tiny_model_dir, gptq, Texts(TEXT, calibration_name="a.txt"), settings=SMALL))
+    assert origin(prepare(tiny_model_dir, gptq, Texts(TEXT, "other text", "a.txt", "b.txt"))) == "b.txt"
+    assert "switched off" in origin(prepare(tiny_model_dir, gptq, Texts(TEXT, evaluate=False)))
     with pytest.raises(AfpqError, match="choose one"):
-        prepare(tiny_model_dir, RECIPE, eval_text=TEXT, measured=False)
+        prepare(tiny_model_dir, RECIPE, Texts(None, TEXT, evaluate=False))
 
 
 def test_measuring_changes_no_weight(tiny_model_dir: Path) -> None:
     """So a stopped run may go on with another text to measure on."""
-    plain, other = (prepare(tiny_model_dir, RECIPE, eval_text=text).fingerprint() for text in (None, TEXT))
+    plain, other = (prepare(tiny_model_dir, RECIPE, Texts(None, text)).fingerprint() for text in (None, TEXT))
     assert plain == other
 
 
 def test_figures_are_those_of_eval(tiny_model_dir: Path, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     outcome = execute(
-        prepare(tiny_model_dir, RECIPE, eval_text=TEXT), tmp_path / "out", progress=lambda *c: calls.append(c)
+        prepare(tiny_model_dir, RECIPE, Texts(None, TEXT)), tmp_path / "out", progress=lambda *c: calls.append(c)
     )
     found = outcome.measured
     assert isinstance(found, CardFigures)

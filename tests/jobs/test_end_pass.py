@@ -20,7 +20,7 @@ from afpq.checkpoint.reader import CARD, WEIGHTS
 from afpq.evaluation.loading import load_model
 from afpq.evaluation.perplexity import evaluate, logits_of
 from afpq.jobs.end_pass import kl, run_end_pass
-from afpq.jobs.prepare import prepare
+from afpq.jobs.prepare import Texts, prepare
 from afpq.model.quantize_in_memory import quantize_model
 
 SCHEMES = ("nf3-asym-g32-log8", "nf3-sym-g32", "nf2-asym-g16-float32", "int3-asym-g32")
@@ -121,7 +121,7 @@ def test_families(tmp_path: Path, family: str) -> None:
     random_model(FAMILIES[family]).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     options = {**CHEAP, "settings": afpq.CalibrationSettings(samples=16, seq_len=24)}
-    plan = afpq.quantize(tmp_path / "model", tmp_path / "out", "nf3-asym-g16-log8", **options, end_pass=8)
+    plan = afpq.quantize(tmp_path / "model", tmp_path / "out", "nf3-asym-g16-log8", **options, end_pass=8).plan
     told = end_pass_of(tmp_path / "out")
     assert told["kl_after"] < told["kl_before"] and told["steps"] == 8
     tuned, plain = load_file(tmp_path / "out" / WEIGHTS), tmp_path / "plain"
@@ -136,7 +136,7 @@ TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
 OPTIONS: dict[str, Any] = {
     "text": TEXT,
     "settings": afpq.CalibrationSettings(samples=16, seq_len=24),
-    "measured": False,
+    "evaluate": False,
     "end_pass": 8,
 }
 
@@ -163,10 +163,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
 ) -> None:
     save_tokenizer(tiny_copy)
     afpq.quantize(tiny_copy, tmp_path / "whole", "nf3-asym-g32-log8", **OPTIONS)
-    from afpq.jobs import execute as carry_out
+    from afpq.jobs import finish_directory as module
 
-    real, count = getattr(carry_out, moment), iter(range(1000))
-    after = 40 if moment == "digest" else 0  # of the tensors that the end pass changes, some are written
+    real, count = getattr(module, moment), iter(range(1000))
+    after = 10 if moment == "digest" else 0  # of the tensors that the end pass changes, some are written
 
     def killed(*arguments: Any, **options: Any) -> Any:
         begun = (tmp_path / "out.partial" / "scratch" / "end_pass.safetensors").exists()
@@ -174,7 +174,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(carry_out, moment, killed)
+    monkeypatch.setattr(module, moment, killed)
     with pytest.raises(KeyboardInterrupt):
         afpq.quantize(tiny_copy, tmp_path / "out", "nf3-asym-g32-log8", **OPTIONS)
     monkeypatch.undo()
@@ -191,8 +191,8 @@ def test_bad_wishes(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         afpq.quantize(tiny_copy, tmp_path / "out", end_pass=-1)
     one = afpq.CalibrationSettings(samples=1, seq_len=24)
     with pytest.raises(AfpqError, match="needs 2 windows"):
-        prepare(tiny_copy, Recipe(parse_scheme("nf3-asym-g32"), end_pass=5), text=TEXT, settings=one)
-    monkeypatch.setattr("afpq.jobs.execute.available_memory", lambda: 1000)
+        prepare(tiny_copy, Recipe(parse_scheme("nf3-asym-g32"), end_pass=5), Texts(TEXT), settings=one)
+    monkeypatch.setattr("afpq.jobs.finish_directory.available_memory", lambda: 1000)
     with pytest.raises(AfpqError, match="Do without --end-pass"):
         afpq.quantize(tiny_copy, tmp_path / "out", **OPTIONS)
     assert not list(tmp_path.glob("out*"))

@@ -58,7 +58,7 @@ def test_the_tensors_are_the_dequantized_ones_under_their_old_names(
     tiny_model_dir: Path, tmp_path: Path, scheme: str
 ) -> None:
     overrides = (("down_proj", parse_scheme("nf3-asym-g32-log8")),)
-    quantize(tiny_model_dir, tmp_path / "q", scheme, overrides=overrides, skip=("q_proj",), measured=False)
+    quantize(tiny_model_dir, tmp_path / "q", scheme, overrides=overrides, skip=("q_proj",), evaluate=False)
     export(tmp_path / "q", tmp_path / "out", "fp32")
     found, original = load_file(tmp_path / "out" / WEIGHTS), load_file(tiny_model_dir / WEIGHTS)
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in original.items()}
@@ -98,7 +98,7 @@ def test_other_dtypes_are_refused(packed: Path, tmp_path: Path, dtype: Any) -> N
 def test_what_the_model_keeps_wider_stays(tiny_copy: Path, tmp_path: Path) -> None:
     edit_weights(tiny_copy, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float() + 1e-7}))
     edit_weights(tiny_copy, lambda t: t.update({"model.count": torch.tensor([2**40])}))
-    quantize(tiny_copy, tmp_path / "q", measured=False)
+    quantize(tiny_copy, tmp_path / "q", evaluate=False)
     result = export(tmp_path / "q", tmp_path / "out", "bf16")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     assert result.kept == ("model.norm.weight",)
@@ -111,7 +111,7 @@ def test_what_the_model_keeps_wider_stays(tiny_copy: Path, tmp_path: Path) -> No
 def test_a_float32_model_becomes_narrow_throughout(make_model: ModelMaker, tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     edit_weights(tmp_path / "model", lambda t: t.update({name: tensor.float() for name, tensor in t.items()}))
-    quantize(tmp_path / "model", tmp_path / "q", measured=False)
+    quantize(tmp_path / "model", tmp_path / "q", evaluate=False)
     assert export(tmp_path / "q", tmp_path / "out", "bf16").kept == ()
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
 
@@ -124,7 +124,7 @@ def test_it_loads_without_afpq_and_computes_the_same(packed: Path, tmp_path: Pat
 
 def test_biases_and_tied_embeddings(tmp_path: Path) -> None:
     save_tied_qwen2(tmp_path / "model")
-    quantize(tmp_path / "model", tmp_path / "q", measured=False)
+    quantize(tmp_path / "model", tmp_path / "q", evaluate=False)
     export(tmp_path / "q", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     assert set(tensors) == set(load_file(tmp_path / "model" / WEIGHTS))
@@ -189,7 +189,7 @@ def test_two_exports_are_the_same_bytes(packed: Path, tmp_path: Path) -> None:
 
 def test_an_export_can_be_quantized_again(packed: Path, tmp_path: Path) -> None:
     export(packed, tmp_path / "out")
-    quantize(tmp_path / "out", tmp_path / "again", measured=False)
+    quantize(tmp_path / "out", tmp_path / "again", evaluate=False)
     assert logits(load(tmp_path / "again")).isfinite().all()
 
 
@@ -214,7 +214,7 @@ def test_a_broken_checkpoint_is_named_and_leaves_nothing(
 
 
 def test_a_code_beyond_the_format_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
-    quantize(tiny_model_dir, tmp_path / "q", "fp4-asym-g64", measured=False)  # 15 values for 16 codes
+    quantize(tiny_model_dir, tmp_path / "q", "fp4-asym-g64", evaluate=False)  # 15 values for 16 codes
     edit_weights(tmp_path / "q", lambda t: t[f"{UP}.qweight"][5].fill_(255))
     with pytest.raises(AfpqError, match=rf"{UP}\.qweight.*beyond the 15 of fp4"):
         export(tmp_path / "q", tmp_path / "out")
@@ -223,7 +223,7 @@ def test_a_code_beyond_the_format_is_named(tiny_model_dir: Path, tmp_path: Path)
 def test_what_was_infinite_before_is_no_overflow(tiny_copy: Path, tmp_path: Path) -> None:
     odd = torch.tensor([float("inf"), float("nan"), 65280.0, -1.0])
     edit_weights(tiny_copy, lambda t: t.update({"model.odd": odd.bfloat16()}))
-    quantize(tiny_copy, tmp_path / "q", measured=False)
+    quantize(tiny_copy, tmp_path / "q", evaluate=False)
     export(tmp_path / "q", tmp_path / "out", "fp16")
     found = load_file(tmp_path / "out" / WEIGHTS)["model.odd"]
     assert found.isinf().tolist() == [True, False, False, False] and found.isnan()[1]
@@ -234,7 +234,7 @@ def test_a_number_too_large_for_float16_is_named(make_model: ModelMaker, tmp_pat
     make_model(tmp_path / "model")
     edit_weights(tmp_path / "model", lambda t: t.update({key: tensor.float() for key, tensor in t.items()}))
     edit_weights(tmp_path / "model", lambda t: t[name][3, 5].fill_(1e5))
-    quantize(tmp_path / "model", tmp_path / "q", "nf4-asym-g64-float32", measured=False)
+    quantize(tmp_path / "model", tmp_path / "q", "nf4-asym-g64-float32", evaluate=False)
     with pytest.raises(AfpqError, match=rf"tensor {name}: 1e\+05 is too large for float16; export to bf16 or fp32"):
         export(tmp_path / "q", tmp_path / "out", "fp16")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -169,7 +169,7 @@ def test_the_card(tiny_copy: Path, tmp_path: Path) -> None:
 def test_other_checkpoints_are_refused(tiny_model_dir: Path, tiny_copy: Path, tmp_path: Path) -> None:
     with pytest.raises(AfpqError, match="not quantized"):
         import_model(tiny_model_dir, tmp_path / "out")
-    quantize(tiny_model_dir, tmp_path / "ours", measured=False)
+    quantize(tiny_model_dir, tmp_path / "ours", evaluate=False)
     with pytest.raises(AfpqError, match="by 'afpq'"):
         import_model(tmp_path / "ours", tmp_path / "out")
     config = json.loads((tiny_copy / "config.json").read_text())

@@ -111,7 +111,7 @@ def test_a_failing_card_leaves_nothing_finished(
     def fail(*_: object) -> None:
         raise AfpqError("no card")
 
-    monkeypatch.setattr("afpq.jobs.execute.write_card", fail)
+    monkeypatch.setattr("afpq.jobs.finish_directory.write_card", fail)
     with pytest.raises(AfpqError, match="no card"):
         afpq.quantize(tiny_model_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("config.json"))

@@ -33,7 +33,7 @@ def test_a_warning_names_the_largest_and_counts_them_all() -> None:
 
 
 def test_plan_info_and_card_name_what_is_left(tiny_model_dir: Path, tmp_path: Path) -> None:
-    plan = quantize(tiny_model_dir, tmp_path / "out", skip=("mlp",))
+    plan = quantize(tiny_model_dir, tmp_path / "out", skip=("mlp",)).plan
     assert sum(plan.left.values()) == 2 * 3 * 96 * 64 and len(plan.left) == 6
     info = model_info(tmp_path / "out")
     assert info.left == kinds_left(plan.left) and info.coverage == pytest.approx(plan.coverage)

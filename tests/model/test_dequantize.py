@@ -145,7 +145,7 @@ def test_a_weight_too_large_is_named_and_the_model_left_as_it_was(make_model: Mo
     tensors = {name: tensor.float() for name, tensor in load_file(tmp_path / "model" / WEIGHTS).items()}
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
     save_file(tensors, tmp_path / "model" / WEIGHTS, {"format": "pt"})
-    quantize(tmp_path / "model", tmp_path / "out", "nf4-asym-g64-float32", measured=False)
+    quantize(tmp_path / "model", tmp_path / "out", "nf4-asym-g64-float32", evaluate=False)
     model = load(tmp_path / "out")
     expected = logits(model)
     with pytest.raises(AfpqError, match=r"model\.layers\.1\.mlp\.up_proj.*float16"):

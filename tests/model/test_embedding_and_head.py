@@ -56,7 +56,7 @@ HEAD = "int8-sym-g32"
 def test_both_ends_through_everything(model_dir: Path, tmp_path: Path) -> None:
     """Quantize, load, save, load; quantize on load; in memory; dequantize: the same logits, from one copy."""
     tied = tied_in(model_dir)
-    plan = quantize(model_dir, tmp_path / "out", "nf4-asym-g32", lm_head=HEAD, embedding=None if tied else HEAD)
+    plan = quantize(model_dir, tmp_path / "out", "nf4-asym-g32", lm_head=HEAD, embedding=None if tied else HEAD).plan
     model = load(tmp_path / "out")
     ends = find_embedding_and_head(load(model_dir))
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -132,8 +132,8 @@ def test_only_what_was_asked_for(tmp_path: Path) -> None:
 
 def test_figures_by_hand(tmp_path: Path) -> None:
     directory = save(llama(True), tmp_path / "model")
-    plain = quantize(directory, tmp_path / "plain", "nf4-asym-g32")
-    plan = quantize(directory, tmp_path / "out", "nf4-asym-g32", lm_head="int8-sym-g64")
+    plain = quantize(directory, tmp_path / "plain", "nf4-asym-g32").plan
+    plan = quantize(directory, tmp_path / "out", "nf4-asym-g32", lm_head="int8-sym-g64").plan
     info = model_info(tmp_path / "out")
     assert info.bits_per_weight == plan.bits_per_weight == plain.bits_per_weight == 5
     assert info.coverage == plan.coverage == plain.coverage == 1

@@ -25,8 +25,7 @@ from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan
 from afpq.errors import AfpqError, out_of_memory
 from afpq.model.blocks import Block, find_blocks
-
-Progress = Callable[[str, int, int], None]  # (step, steps done, steps in all)
+from afpq.progress import Progress
 
 
 class FloatModelPass:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The ends of a model in a calibrated run: an embedding's rounding on the way in, the head's inputs on the way out.
+"""Embedding and head in a calibrated run: the embedding's rounding on the way in, the head's inputs on the way out.
 
-The head reads what the model makes of the last block's outputs (its final norm, whatever else an architecture has
-there). So the model is run around its blocks once more, with what left the last block put in its place.
+The head reads the last block's outputs behind the model's final norm, or what else an architecture has there. So the
+model is run around its blocks once more, with the stored outputs of the last block in place of the blocks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from afpq.algorithms import fit_scheme
+from afpq.algorithms import LayerStatistics, fit_scheme
 from afpq.algorithms.rtn import quantize_named
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Activations, batch_size
 from afpq.calibration.round_units import LayerLog
-from afpq.calibration.stages import Moments, input_of
+from afpq.calibration.stages import input_of
 from afpq.checkpoint.plan import Plan, Target
 from afpq.model.blocks import Block
 from afpq.numerics.fitted_scheme import FittedScheme
@@ -37,7 +37,7 @@ class Solver(Protocol):
     """`solve_layer`, by a scheme that is fitted already."""
 
     def __call__(
-        self, W: Tensor, moments: Moments | None, target: Target, recipe: Recipe, /, *, fitted: FittedScheme
+        self, W: Tensor, statistics: LayerStatistics | None, target: Target, recipe: Recipe, /, *, fitted: FittedScheme
     ) -> tuple[QuantizedWeight, LayerLog]: ...
 
 
@@ -76,33 +76,29 @@ def rounded_embedding(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
 
 
 @torch.no_grad()
-def head_second_moments(
+def head_statistics(
     model: PreTrainedModel, blocks: list[Block], calls: dict[str, BlockCall], windows: Tensor, head: str,
     streams: list[Activations], device: torch.device,
-) -> Moments:  # fmt: skip
-    """The moments of what the head reads over all windows.
+) -> LayerStatistics:  # fmt: skip
+    """The statistics of the head's inputs over all windows.
 
-    `streams` are the states behind the last block, of the quantized model and, where it runs beside, of the float
-    one. All that stands between there and the head is real in `model`, in float32 on the CPU; the head need not be.
+    `streams` are the states behind the last block, of the quantized model and, if it is needed, of the float one. All
+    that stands between there and the head is real in `model`, in float32 on the CPU; the head need not be.
     """
     size = batch_size(*windows.shape)
-    moments: Moments | None = None
+    statistics: LayerStatistics | None = None
     for first in range(0, len(windows), size):
         rows = slice(first, first + size)
         inputs = []
         for stream in streams:
             with standing_in(blocks, calls, stream.tensor[rows]):
                 inputs.append(input_of(model, head, WHOLE, windows[rows]).to(device))
-        x = inputs[0]
-        if moments is None:
-            H = torch.zeros(x.shape[1], x.shape[1], device=device)
-            moments = Moments(H, torch.zeros_like(H) if len(streams) > 1 else None, 0)
-        moments.H.addmm_(x.T, x)
-        moments.tokens += len(x)
-        if moments.D is not None:
-            moments.D.addmm_(x.T, inputs[1] - x)
-    assert moments is not None
-    return moments
+        x, f = inputs[0], inputs[1] if len(inputs) > 1 else None
+        if statistics is None:
+            statistics = LayerStatistics.empty(x.shape[1], f is not None, device)
+        statistics.add(x, f)
+    assert statistics is not None
+    return statistics
 
 
 @contextmanager
@@ -120,16 +116,16 @@ def standing_in(blocks: list[Block], calls: Mapping[str, BlockCall], hidden: Ten
 
 @torch.no_grad()
 def solve_in_parts(
-    W: Tensor, moments: Moments, target: Target, recipe: Recipe, solver: Solver
+    W: Tensor, statistics: LayerStatistics, target: Target, recipe: Recipe, solver: Solver
 ) -> tuple[dict[str, Tensor], LayerLog]:
-    """A weight of any height [out, in] by `solver`, some rows at a time: (the tensors to save, on the CPU; its log).
+    """Quantize a weight [out, in] of any height by `solver`, some rows at a time: (tensors to save, on the CPU; log).
 
-    Given the inputs' moments, rows do not depend on each other; only the grid of the scales and a learned book are the
-    whole weight's.
+    Given the inputs' statistics, rows do not depend on each other; only the grid of the scales and a learned codebook
+    are the whole weight's.
     Errors of parts are averaged by the squares of the outputs (of the weights) they are relative to.
     """
-    diagonal = moments.H.diagonal().to(W.device)
-    importance = diagonal if bool(diagonal.isfinite().all()) and bool(diagonal.max() > 0) else None
+    importance = statistics.importance
+    importance = None if importance is None else importance.to(W.device)
     fitted = fit_scheme(W, target.scheme, recipe.search, importance)
     target = dataclasses.replace(target, scheme=fitted.scheme)
     height = max(8, PART // W.shape[1] // 8 * 8)  # whole bytes of zero points
@@ -137,14 +133,14 @@ def solve_in_parts(
     logs: list[LayerLog] = []
     weights, outputs = [], []
     for first in range(0, len(W), height):
-        part = W[first : first + height].to(moments.H.device, torch.float32)
+        part = W[first : first + height].to(statistics.H.device, torch.float32)
         rows = dataclasses.replace(target, shape=(len(part), W.shape[1]))
-        solved, log = solver(part, moments, rows, recipe, fitted=fitted)
+        solved, log = solver(part, statistics, rows, recipe, fitted=fitted)
         for name, tensor in to_tensors(solved).items():
             tensors.setdefault(name, []).append(tensor.cpu())
         logs.append(log)
         weights.append(part.square().sum().item())
-        outputs.append(((part @ moments.H) * part).sum().item())
+        outputs.append(((part @ statistics.H) * part).sum().item())
     joined = {name: torch.cat(found, int(name == "zeros")) for name, found in tensors.items() if name != "scale_grid"}
     joined |= {name: found[0] for name, found in tensors.items() if name == "scale_grid"}
     return joined, _joined_log(logs, weights, outputs, target)

@@ -32,12 +32,13 @@ from transformers import PreTrainedModel
 
 from afpq.algorithms import SingularHessian, quantize_rtn
 from afpq.algorithms.gptq import factorize
-from afpq.calibration.backward import FloatModelPass, GradientHook, Progress
+from afpq.calibration.backward import FloatModelPass, GradientHook
 from afpq.calibration.linear_hooks import LinearStatistics, SecondMoment, recording
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan, Target
 from afpq.model.blocks import Block
 from afpq.numerics.scheme import Scheme
+from afpq.progress import Progress
 
 MEASURED_TOKENS, WINDOW_TOKENS = 16384, 512  # of the calibration text, and at the start of each window
 GPTQ_SHARE, OUTPUTS_SHARE = 0.4, 0.7  # what GPTQ leaves of the squared error, by inputs and by outputs, if not measured

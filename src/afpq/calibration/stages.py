@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Group a block's linears into stages that read one tensor, and sum the second moments of that tensor."""
+"""The linears of a block in stages that read one tensor, and the statistics of what a stage reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from afpq.algorithms import LayerStatistics
 from afpq.calibration.capture import BlockCall
 from afpq.calibration.hidden_states import Inputs
 from afpq.errors import AfpqError
@@ -20,18 +21,6 @@ class Stage:
     """Linears of a block that read the same tensor, such as q, k and v; names within the block."""
 
     linears: tuple[str, ...]
-
-
-@dataclass
-class Moments:
-    """Sums over all tokens of a stage's input x in the quantized model and f in the float one (float32).
-
-    H = sum x x^T, [in, in], and, if the float model runs as well, D = sum x (f - x)^T, [in, in].
-    """
-
-    H: Tensor
-    D: Tensor | None
-    tokens: int
 
 
 @torch.no_grad()
@@ -95,18 +84,15 @@ def input_of(block: nn.Module, linear: str, call: BlockCall, hidden: Tensor) -> 
 def collect(
     stage: Stage, call: BlockCall, block: nn.Module, inputs: Inputs, float_block: nn.Module | None,
     float_inputs: Inputs | None, device: torch.device,
-) -> Moments:  # fmt: skip
-    """Sum the moments of a stage's input over all windows; D needs the float model's block and inputs."""
-    moments: Moments | None = None
+) -> LayerStatistics:  # fmt: skip
+    """The statistics of a stage's input over all windows; D needs the float model's block and inputs."""
+    statistics: LayerStatistics | None = None
     for rows, hidden in inputs.batches(device):
-        x = input_of(block, stage.linears[0], call, hidden)
-        if moments is None:
-            H = torch.zeros(x.shape[1], x.shape[1], device=device)
-            moments = Moments(H, None if float_block is None else torch.zeros_like(H), 0)
-        moments.H.addmm_(x.T, x)
-        moments.tokens += len(x)
-        if float_block is not None and float_inputs is not None and moments.D is not None:
+        x, f = input_of(block, stage.linears[0], call, hidden), None
+        if statistics is None:
+            statistics = LayerStatistics.empty(x.shape[1], float_block is not None, device)
+        if float_block is not None and float_inputs is not None:
             f = input_of(float_block, stage.linears[0], call, float_inputs.tensor[rows].to(device))
-            moments.D.addmm_(x.T, f - x)
-    assert moments is not None
-    return moments
+        statistics.add(x, f)
+    assert statistics is not None
+    return statistics

@@ -6,19 +6,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from afpq.algorithms.methods import NEAREST
+from afpq.algorithms.solver_options import options_to_json
 from afpq.errors import AfpqError
 from afpq.numerics.formats import parse_format
 from afpq.numerics.scheme import Scheme, default_format
-from afpq.recipe import METHODS, Recipe, name_of, scheme_of_end
+from afpq.recipe import Recipe, name_of, scheme_of_end
 
 QUANT_METHOD = "afpq"
-# 2: the embedding is packed, or the head in a scheme of its own, which an afpq that only knows 1 would misread.
+# 2: the embedding is packed, or the head in a scheme of its own, which an afpq that reads only 1 would misread.
 VERSIONS = (1, 2)
 ENDS = ("lm_head", "embedding")
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
-    """The keys that describe a scheme, in the field's names."""
+    """Return the keys that describe a scheme, in the field's names."""
     return {
         "bits": scheme.format.bits,
         "format": scheme.format.name,
@@ -29,7 +31,7 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
 
 
 def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme:
-    """Scheme of the keys given; missing ones come from `base`, or are the defaults.
+    """Return the scheme of the keys given; missing ones come from `base`, or are the defaults.
 
     Raises AfpqError for a wrong type, and for `bits` that contradict `format`.
     """
@@ -54,13 +56,13 @@ def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme
 
 
 def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model quantized by `recipe`, where `kept` names every linear left as it was."""
+    """Return the quantization_config of a model quantized by `recipe`; `kept` names every linear left as it was."""
     return {
         "quant_method": QUANT_METHOD,
         **scheme_to_json(recipe.scheme),
         "method": recipe.method,
         "scale_search": recipe.search,
-        **(_gptq_keys(recipe) if METHODS[recipe.method].solver == "gptq" else {}),
+        **options_to_json(recipe.solver_options),  # for the record: loading needs none of them
         **ends_to_json(recipe),
         "modules_to_not_convert": sorted(kept),
         "dynamic": _overrides_to_json(recipe),
@@ -68,16 +70,16 @@ def config_to_json(recipe: Recipe, kept: Iterable[str]) -> dict[str, Any]:
 
 
 def ends_to_json(recipe: Recipe) -> dict[str, Any]:
-    """The keys of the embedding and the head where they are quantized, and the lowest version that reads them right."""
+    """Return the keys of a quantized embedding and head, and the lowest version that reads them right."""
     plain = recipe.embedding is None and recipe.lm_head in (None, recipe.scheme)
     schemes = {end: scheme_to_json(scheme) for end in ENDS if (scheme := getattr(recipe, end)) is not None}
     return {"version": 1 if plain else 2, **schemes}
 
 
 def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
-    """ "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys.
+    """Return "+:regex" -> keys, with each one's rank: the first that matches wins, and Transformers sorts keys.
 
-    Of single linears, which may be thousands, only the keys that are not those of the rest.
+    Single linears, which may be thousands, have only the keys that differ from the rest.
     """
     overrides: dict[str, Any] = {}
     rest = scheme_to_json(recipe.scheme)
@@ -89,20 +91,8 @@ def _overrides_to_json(recipe: Recipe) -> dict[str, Any]:
     return overrides
 
 
-def _gptq_keys(recipe: Recipe) -> dict[str, Any]:
-    """How the codes were found, for the record: nothing of it is needed to load them."""
-    options = recipe.gptq
-    return {
-        "damp_percent": options.damp,
-        "order": options.order,
-        "sweeps": options.sweeps,
-        "float_target": options.float_target,
-        "true_sequential": options.sequential,
-    }
-
-
 def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """(recipe without its skips, modules_to_not_convert). Raises AfpqError for what this version cannot read.
+    """Return (recipe without its skips, modules_to_not_convert). Raises AfpqError for what this version cannot read.
 
     `dynamic` follows GPTQModel: `"+:regex": {keys}` overrides the scheme, `"-:regex": {}` skips.
     """
@@ -124,10 +114,16 @@ def config_from_json(keys: dict[str, Any]) -> tuple[Recipe, list[str]]:
     positive = {key: value for key, value in dynamic.items() if not key.startswith("-:")}
     overrides = [(key.removeprefix("+:"), scheme_from_json(positive[key], scheme)) for key in _ranked(positive)]
     head, embedding = (_end_from_json(keys.get(end), scheme) for end in ENDS)
-    search = keys.get("scale_search")
-    return Recipe(
-        scheme, keys.get("method") or "rtn", search, tuple(skip), tuple(overrides), lm_head=head, embedding=embedding
-    ), names
+    recipe = Recipe(
+        scheme,
+        keys.get("method") or NEAREST,
+        scale_search=keys.get("scale_search"),
+        skip=tuple(skip),
+        overrides=tuple(overrides),
+        lm_head=head,
+        embedding=embedding,
+    )
+    return recipe, names
 
 
 def _end_from_json(value: Any, scheme: Scheme) -> Scheme | None:

@@ -29,14 +29,15 @@ SCRATCH = "scratch"
 class WorkDirectory:
     """OUT.partial during a run; `finished` maps finished units to their notes.
 
-    `digests` holds a checksum of every tensor written. `keep`: whether an AfpqError leaves the directory for a later
-    run; not while bad input may be the reason, unless it was there before.
+    `digests` holds a checksum of every tensor written, `schemes` those of learned codebooks by module, as text. `keep`:
+    an AfpqError leaves the directory for a later run; not while bad input may be the reason, unless it was there.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         self.out, self.path = out, out.with_name(f"{out.name}.partial")
         self.finished: dict[str, list[dict[str, Any]]] = {}
         self.digests: dict[str, str] = {}
+        self.schemes: dict[str, str] = {}
         self.lock = Lock(self.path)
         try:
             self._begin(fingerprint, resume)
@@ -53,11 +54,20 @@ class WorkDirectory:
         """A directory for files that are not part of the result."""
         return self.path / SCRATCH
 
-    def finish(self, unit: str, notes: list[dict[str, Any]], digests: dict[str, str] | None = None) -> None:
-        """Record a unit whose tensors are on the disk, with their checksums by name."""
-        self._append({"unit": unit, "notes": notes, "digests": digests or {}})
+    def finish(
+        self,
+        unit: str,
+        notes: list[dict[str, Any]],
+        digests: dict[str, str] | None = None,
+        schemes: dict[str, str] | None = None,
+    ) -> None:
+        """Record a unit whose tensors are on the disk, with their checksums by name, and the schemes of learned
+        codebooks by module, as text.
+        """
+        self._append({"unit": unit, "notes": notes, "digests": digests or {}, "schemes": schemes or {}})
         self.finished[unit] = notes
         self.digests |= digests or {}
+        self.schemes |= schemes or {}
 
     @contextmanager
     def as_published(self, config: dict[str, Any]) -> Iterator[Path]:
@@ -138,6 +148,7 @@ class WorkDirectory:
         self.scratch.mkdir(exist_ok=True)
         self.finished = {line["unit"]: line["notes"] for line in lines[1:]}
         self.digests = {name: value for line in lines[1:] for name, value in line.get("digests", {}).items()}
+        self.schemes = {module: text for line in lines[1:] for module, text in line.get("schemes", {}).items()}
 
     def _append(self, value: dict[str, Any]) -> None:
         with open(self.path / JOURNAL, "a", encoding="utf-8") as file:

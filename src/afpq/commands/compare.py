@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from afpq.algorithms.methods import METHODS
 from afpq.commands.console import console, errors, progress_bar, quiet_transformers
 from afpq.commands.options import DatasetOption, ModelArgument, TextOption, TrustOption, app
 
@@ -17,7 +18,7 @@ def compare(
     model: ModelArgument,
     schemes: Annotated[str, typer.Option(help="Separated by commas, as nf4-asym-g128,nf4-sym-g64,int4-asym-g128.")],
     report: Annotated[Path, typer.Option(help="The directory for report.html, .md and .json and finished cells.")],
-    methods: Annotated[str, typer.Option(help="Separated by commas: rtn, gptq, awq, awq+gptq, tune.")] = "rtn",
+    methods: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(METHODS)}.")] = "rtn",
     text: TextOption = None,
     dataset: DatasetOption = None,
     calibration_text: Annotated[
@@ -57,7 +58,7 @@ def compare(
     with quiet_transformers(), progress_bar("start") as advance:
         agenda = make_agenda(question)
         comparison = Comparison(question, agenda, report)
-        results = comparison.run(lambda what, share: advance(what, round(1000 * share), 1000), console.print)
+        results = comparison.run(advance, console.print)
         groups = asymmetries(agenda, results)
     about = describe_setting(comparison, results)
     for sentence in sentences(results):
@@ -69,7 +70,6 @@ def compare(
 def _calibration_text(methods: str, file: Path | None, dataset: str | None) -> str | None:
     """Read the calibration text, if a method needs one."""
     from afpq.evaluation.text import read_text
-    from afpq.recipe import METHODS
 
     wanted = any(method.strip() in METHODS and METHODS[method.strip()].calibrated for method in methods.split(","))
     if not wanted or (file is None and dataset is None):

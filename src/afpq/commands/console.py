@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What the command line prints, and how: one place for tables, progress and files of results."""
+"""Output of the command line: tables, progress and files of results."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.atomic_files import write_json
 from afpq.checkpoint.plan import Plan
 from afpq.errors import AfpqError
@@ -21,12 +23,12 @@ from afpq.evaluation.tables import with_error
 from afpq.jobs.bit_budget import Choice
 from afpq.jobs.chosen_shares import share_cells, shares
 from afpq.jobs.estimate import Estimate
-from afpq.jobs.execute import Outcome
+from afpq.jobs.finish_directory import Outcome
 from afpq.jobs.prepare import Job
 from afpq.model.apply_folds import folds_of
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import coverage_warning, kinds_left
-from afpq.recipe import METHODS
+from afpq.progress import Progress
 
 # Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -34,7 +36,7 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_w
 
 
 def print_plan(job: Job, verb: str, out: Path) -> None:
-    """One paragraph on what was, or would be, done; a warning where much of the model is left alone."""
+    """Print one paragraph on what was, or would be, done, and a warning if much of the model is left alone."""
     plan = job.plan
     schemes = plan.recipe.scheme if job.choice is None else "chosen below"
     console.print(
@@ -56,7 +58,8 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     if plan.kept:
         names = ", ".join(plan.kept[:8]) + (f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else "")
         console.print(f"left as they were: {names}")
-    if METHODS[plan.recipe.method].transform == "awq" and not any(folds_of(b.module) for b in find_blocks(job.model)):
+    channels = METHODS[plan.recipe.method].scales_channels
+    if channels and not any(folds_of(b.module) for b in find_blocks(job.model)):
         errors.print(
             "warning: no AWQ fold points are known for this architecture: its channels were not scaled, only clipped",
             style="bold yellow",
@@ -65,7 +68,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
 
 
 def print_choice(choice: Choice, plan: Plan) -> None:
-    """Which scheme was chosen for what, under a budget of bits."""
+    """Print which scheme was chosen for what, under a budget of bits."""
     bits = choice.budget.bits_per_weight
     console.print(f"chosen for at most {bits:g} bits per weight; predicted KL, roughly: {choice.kl:.4f}")
     rows = share_cells(choice, plan)
@@ -75,7 +78,7 @@ def print_choice(choice: Choice, plan: Plan) -> None:
 
 
 def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
-    """A choice for `--json`; nothing where there was none. The scheme of each layer is told by the plan."""
+    """Return a choice for `--json`; nothing if there was none. The plan contains the scheme of each layer."""
     if choice is None:
         return {}
     found = [{"scheme": str(s.scheme), "bits_per_weight": s.bits, "layers": s.layers} for s in shares(choice, plan)]
@@ -83,14 +86,14 @@ def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
 
 
 def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
-    """A warning that names what was not quantized, where that is much."""
+    """Print a warning that names what was not quantized, if that is much."""
     warning = coverage_warning(coverage, left)
     if warning is not None:
         errors.print(f"warning: {warning}", style="bold yellow")
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """What the card tells of the result's quality, and what the self-test did."""
+    """Print the figures of the card, and the result of the self-test."""
     if outcome.rounded:
         names = ", ".join(outcome.rounded[:4]) + (" and others" if len(outcome.rounded) > 4 else "")
         console.print(f"{len(outcome.rounded)} layers had nothing to learn from and were rounded to nearest: {names}")
@@ -114,7 +117,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
-    """An outcome for `--json`; nothing for a dry run."""
+    """Return an outcome for `--json`; nothing for a dry run."""
     if outcome is None:
         return {}
     found = outcome.measured
@@ -127,13 +130,13 @@ def outcome_json(outcome: Outcome | None) -> dict[str, Any]:
 
 
 def print_estimate(estimate: Estimate) -> None:
-    """The figures of a dry run."""
+    """Print the figures of a dry run."""
     scratch = f", {size_text(estimate.scratch_bytes)} of scratch files" if estimate.scratch_bytes else ""
     console.print(f"about {size_text(estimate.memory_bytes)} of memory{scratch}, {duration_text(estimate.seconds)}")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """A plan for `--json`."""
+    """Return a plan for `--json`."""
     return {
         "scheme": str(plan.recipe.scheme),
         "method": plan.recipe.method,
@@ -149,7 +152,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def check_json_place(path: Path | None) -> None:
-    """Raises AfpqError before any work where `--json` could not be written after it."""
+    """Raises AfpqError, before any work, if `--json` could not be written after it."""
     if path is None:
         return
     parent = path.absolute().parent
@@ -172,12 +175,12 @@ def save_json(path: Path | None, value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(first: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left, on standard error; nothing where that is no terminal."""
+def progress_bar(first: str) -> Iterator[Progress]:
+    """Show a bar with the time left, on standard error; nothing if that is no terminal."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(first, total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

@@ -88,7 +88,7 @@ def _measure_text(
     token_windows = windows(tokenize(tokenizer, text), length, max_tokens)
     other = None if reference is None else logits_of(reference, token_windows)
     with progress_bar("windows") as advance:
-        result = evaluate(model, token_windows, other, lambda done, total: advance("windows", done, total))
+        result = evaluate(model, token_windows, other, advance)
     console.print(f"perplexity      {result.perplexity:.4f} ± {result.standard_error:.4f}")
     console.print(f"tokens          {result.tokens:,} predicted, windows of {token_windows.shape[1]}")
     if result.kl_divergence is not None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from afpq.algorithms.methods import METHODS, NEAREST
 from afpq.commands.console import (
     check_json_place,
     choice_json,
@@ -22,6 +24,7 @@ from afpq.commands.console import (
     quiet_transformers,
     save_json,
 )
+from afpq.commands.flags import option_parameters, option_types, options_of, with_flags
 from afpq.commands.options import (
     DatasetOption,
     DeviceOption,
@@ -33,7 +36,12 @@ from afpq.commands.options import (
     app,
 )
 from afpq.errors import AfpqError
-from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE
+from afpq.numerics.formats import parse_format
+from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme, parse_scheme
+from afpq.recipe import Recipe, scheme_of_end
+
+if TYPE_CHECKING:
+    from afpq.jobs.prepare import Texts
 
 
 @app.command()
@@ -66,147 +74,168 @@ def demo(
             console.print("no picture: pip install 'afpq[plot]' for one")
 
 
-@app.command(cls=WithBareOptions)
-def quantize(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The directory to create.")],
-    format: Annotated[str, typer.Option(help="nf2-4, learned2-4, fp3-4, int2-4, int8, or lut:VALUE:...")] = "nf4",
-    group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = DEFAULT_GROUP_SIZE,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False,
-    scale_dtype: Annotated[str, typer.Option(help="log8 (a byte a scale), float16 or float32.")] = DEFAULT_SCALE_DTYPE,
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, awq+gptq or tune; all but rtn need text.")] = "rtn",
+METHODS_HELP = (
+    f"{', '.join([*METHODS][:-1])} or {[*METHODS][-1]}; "
+    f"all but {', '.join(name for name, method in METHODS.items() if not method.calibrated)} need text."
+)
+
+
+@dataclass(frozen=True)
+class SchemeFlags:
+    """How weights are stored, and how codes are found."""
+
+    format: Annotated[str, typer.Option(help="nf2-4, learned2-4, fp3-4, int2-4, int8, or lut:VALUE:...")] = "nf4"
+    group_size: Annotated[int, typer.Option(help="Weights that share scales; -1: a whole row.")] = DEFAULT_GROUP_SIZE
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="One scale a group, or one for each sign.")] = False
+    scale_dtype: Annotated[str, typer.Option(help="log8 (a byte a scale), float16 or float32.")] = DEFAULT_SCALE_DTYPE
+    method: Annotated[str, typer.Option(help=METHODS_HELP)] = NEAREST
     scale_search: Annotated[
         str | None, typer.Option(help="absmax (the paper's; default of rtn) or mse (least squared error).")
-    ] = None,
-    text: TextOption = None,
-    dataset: DatasetOption = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """Calibration and evaluation texts."""
+
+    text: TextOption = None
+    dataset: DatasetOption = None
     eval_text: Annotated[
         Path | None, typer.Option("--eval-text", help="A UTF-8 text to measure the card's perplexity and KL on.")
-    ] = None,
+    ] = None
     card_measure: Annotated[
         bool, typer.Option("--card-measure/--no-card-measure", help="Measure the result where there is a text.")
-    ] = True,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
-    skip: Annotated[list[str] | None, typer.Option(help="Leave linears whose name matches this regex.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as 'down_proj=nf4-asym-g64'.")] = None,
+    ] = True
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0
+
+
+@dataclass(frozen=True)
+class ChoiceFlags:
+    """Which tensors get which scheme."""
+
+    skip: Annotated[list[str] | None, typer.Option(help="Leave linears whose name matches this regex.")] = None
+    override: Annotated[list[str] | None, typer.Option(help="'REGEX=SCHEME', as 'down_proj=nf4-asym-g64'.")] = None
     bits_per_weight: Annotated[
         float | None,
         typer.Option(
             help="Choose the scheme of each layer: the least predicted KL at so many true bits. Needs text; also a "
             "dry run measures. Options of the scheme are then for the ends alone."
         ),
-    ] = None,
+    ] = None
     candidates: Annotated[
         str | None, typer.Option(metavar="SCHEME,SCHEME,...", help="What --bits-per-weight chooses from.")
-    ] = None,
+    ] = None
     sensitivities: Annotated[
         Path | None,
         typer.Option(help="A file for what --bits-per-weight measured; used again where it is there."),
-    ] = None,
+    ] = None
     lm_head: Annotated[
         str | None,
         typer.Option(
             metavar="[SCHEME]", help="Quantize the output head too: as the rest, or as SCHEME (int8-sym-g64)."
         ),
-    ] = None,
+    ] = None
     embedding: Annotated[
         str | None,
         typer.Option(metavar="[SCHEME]", help="Quantize the embedding of tokens too; where tied, it is the head."),
-    ] = None,
-    damp: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to the Hessian.")] = 0.01,
-    order: Annotated[str, typer.Option(help="GPTQ: order of the columns: group, act or none.")] = "group",
-    sweeps: Annotated[int, typer.Option(help="GPTQ: rounds of coordinate descent afterwards.")] = 3,
-    float_target: Annotated[
-        bool, typer.Option("--float-target/--no-float-target", help="GPTQ: aim at the float model's outputs.")
-    ] = True,
-    sequential: Annotated[
-        bool, typer.Option("--sequential/--no-sequential", help="GPTQ: quantize a block's layers one after the other.")
-    ] = True,
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """How the run goes."""
+
     end_pass: Annotated[
         int,
         typer.Option(help="Steps of tuning all scales, norms and biases at the end, towards the original; try 200."),
-    ] = 0,
+    ] = 0
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="Mixtures: each expert learns from all tokens, not only its own.")
-    ] = False,
-    device: DeviceOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False,
-    json: JsonOption = None,
-    trust_remote_code: TrustOption = False,
+    ] = False
+    device: DeviceOption = "auto"
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False
+    json: JsonOption = None
+    trust_remote_code: TrustOption = False
+
+
+@app.command(cls=WithBareOptions, epilog="\n\n".join(f"{name}: {method.summary}" for name, method in METHODS.items()))
+@with_flags(options=option_parameters(option_types()))
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="The directory to create.")],
+    scheme: SchemeFlags,
+    text: TextFlags,
+    choice: ChoiceFlags,
+    options: dict[str, Any],
+    run: RunFlags,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
-    from afpq.algorithms.solver_options import GptqOptions
-    from afpq.evaluation.text import read_text
     from afpq.jobs.bit_budget import make_budget
     from afpq.jobs.estimate import estimate
-    from afpq.jobs.execute import execute
-    from afpq.jobs.prepare import CalibrationSettings, prepare, sensitivities_file
-    from afpq.numerics.formats import parse_format
-    from afpq.numerics.scheme import Scheme
-    from afpq.recipe import Recipe, scheme_of_end
+    from afpq.jobs.prepare import CalibrationSettings
+    from afpq.jobs.quantize_checkpoint import Request, run_request
 
-    scheme = Scheme(parse_format(format), group_size, sym, scale_dtype)
-    recipe = Recipe(
-        scheme,
-        method,
-        scale_search,
-        tuple(skip or ()),
-        tuple(_parse_override(pair) for pair in override or []),
-        GptqOptions(damp, order, sweeps, float_target, sequential),
-        scheme_of_end(lm_head, scheme),
-        scheme_of_end(embedding, scheme),
-        end_pass,
+    recipe = _recipe(scheme, choice, options, run)
+    settings = CalibrationSettings(text.samples, text.seq_len, text.seed, run.device, run.all_experts)
+    check_json_place(run.json)
+    budget = make_budget(choice.bits_per_weight, None if choice.candidates is None else choice.candidates.split(","))
+    request = Request(
+        model=model,
+        out=out,
+        recipe=recipe,
+        texts=_texts(text),
+        settings=settings,
+        budget=budget,
+        sensitivities=choice.sensitivities,
+        resume=run.resume,
+        trust_remote_code=run.trust_remote_code,
     )
-    settings = CalibrationSettings(samples, seq_len, seed, device, all_experts)
-    check_json_place(json)
-    budget = make_budget(bits_per_weight, None if candidates is None else candidates.split(","))
-    kept = None if budget is None else sensitivities_file(out, sensitivities, resume)
-    content = read_text(text, dataset, calibration=True) if text is not None or dataset is not None else None
-    test, test_name = _evaluation_text(eval_text, dataset if card_measure else None)
     with quiet_transformers(), progress_bar("start") as advance:
-        job = prepare(
-            model,
-            recipe,
-            text=content,
-            eval_text=test,
-            names=(str(text.name) if text is not None else f"{dataset}'s training split", test_name),
-            measured=card_measure,
-            settings=settings,
-            trust_remote_code=trust_remote_code,
-            budget=budget,
-            sensitivities=kept,
-            progress=advance,
-        )
-        outcome = None
-        if not dry_run:
-            outcome = execute(job, out, resume=resume, progress=advance)
-            if kept is not None and sensitivities is None:
-                kept.unlink(missing_ok=True)  # the result holds it
+        job, outcome = run_request(request, advance, run.dry_run)
     print_plan(job, "would write" if outcome is None else "wrote", out)
     if outcome is None:
         print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
     else:
         print_outcome(outcome)
-    save_json(json, {**plan_json(job.plan), **choice_json(job.choice, job.plan), **outcome_json(outcome)})
+    save_json(run.json, {**plan_json(job.plan), **choice_json(job.choice, job.plan), **outcome_json(outcome)})
 
 
-def _evaluation_text(file: Path | None, dataset: str | None) -> tuple[str | None, str]:
-    """(what to measure on, its name): the file, or else the test split of the dataset calibrated on."""
+def _recipe(flags: SchemeFlags, choice: ChoiceFlags, options: dict[str, Any], run: RunFlags) -> Recipe:
+    scheme = Scheme(parse_format(flags.format), flags.group_size, flags.sym, flags.scale_dtype)
+    return Recipe(
+        scheme,
+        flags.method,
+        scale_search=flags.scale_search,
+        skip=tuple(choice.skip or ()),
+        overrides=tuple(_parse_override(pair) for pair in choice.override or []),
+        options=options_of(flags.method, options),
+        lm_head=scheme_of_end(choice.lm_head, scheme),
+        embedding=scheme_of_end(choice.embedding, scheme),
+        end_pass=run.end_pass,
+    )
+
+
+def _texts(flags: TextFlags) -> Texts:
+    """Read the calibration text, and the text to measure on: a file, or the test split of the dataset calibrated on."""
     from afpq.evaluation.text import read_text
+    from afpq.jobs.prepare import Texts
 
-    if file is not None:
-        return read_text(file, None), file.name
-    if dataset is not None:
-        return read_text(None, dataset), f"{dataset}'s test split"
-    return None, ""
+    file, dataset, test_file = flags.text, flags.dataset, flags.eval_text
+    given = file is not None or dataset is not None
+    test, test_name = None, ""
+    content = read_text(file, dataset, calibration=True) if given else None
+    if test_file is not None:
+        test, test_name = read_text(test_file, None), test_file.name
+    elif dataset is not None and flags.card_measure:
+        test, test_name = read_text(None, dataset), f"{dataset}'s test split"
+    name = file.name if file is not None else f"{dataset}'s training split"
+    return Texts(content, test, name, test_name, flags.card_measure)
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
-    from afpq.numerics.scheme import parse_scheme
-
+def _parse_override(text: str) -> tuple[str, Scheme]:
     pattern, separator, scheme = text.rpartition("=")
     if not separator or not pattern:
         raise AfpqError(f"override {text!r}: expected REGEX=SCHEME, for example '.*down_proj=nf4-asym-g64'")

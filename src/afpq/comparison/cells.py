@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.atomic_files import digest_value, write_json
 from afpq.errors import AfpqError
 from afpq.evaluation.perplexity import Evaluation
 from afpq.numerics.scheme import Scheme, parse_scheme
-from afpq.recipe import METHODS
 
 Fingerprint = dict[str, str]  # what was decided, in words -> a digest of it
 CALIBRATION = "calibration text"  # the key that only calibrated cells have

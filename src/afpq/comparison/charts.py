@@ -6,17 +6,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import fmean
 
 from markupsafe import Markup
 
+from afpq.algorithms.methods import METHODS
 from afpq.comparison.cells import Cell, LayerError, Result
 from afpq.comparison.distributions import BINS, EDGE, LOPSIDED, SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, entropy
 from afpq.comparison.findings import pareto_front, rise
 from afpq.comparison.svg import STRONGEST, Mark, bars, heat, scatter, shape_sample
 
 MAX_SMALL_CHARTS = 12  # cells that get a small chart of their own
-METHOD_COLOURS = {"rtn": "c0", "gptq": "c1", "awq": "c2", "awq+gptq": "c3", "tune": "c5"}
+METHOD_COLOURS = ("c0", "c1", "c2", "c3", "c5")  # classes of the page, for methods in the order of METHODS
 TOOL_COLOUR = "c4"
 SAMPLE_NOTE = f"Counted on {SAMPLED_LAYERS} layers and {SAMPLED_ROWS} rows of each, evenly spread, if there are more."
 SHAPE_MEANINGS = {"dot": "two scales", "ring": "one scale", "square": "scale and zero point"}
@@ -49,7 +51,12 @@ def shape_of(cell: Cell) -> str:
 
 
 def colour_of(cell: Cell) -> str:
-    return METHOD_COLOURS.get(cell.method, TOOL_COLOUR)
+    return colours().get(cell.method, TOOL_COLOUR)
+
+
+def colours() -> dict[str, str]:
+    """Return the class of each method; the first again after the last."""
+    return dict(zip(METHODS, cycle(METHOD_COLOURS)))
 
 
 def sample_of(cell: Cell) -> Markup:
@@ -72,8 +79,8 @@ def legend(results: Sequence[Result]) -> list[tuple[Markup, str]]:
     """Return the colours and shapes in use, and their meanings."""
     cells = [result.cell for result in results if not result.cell.is_float]
     methods, shapes = {cell.method for cell in cells}, {shape_of(cell) for cell in cells}
-    entries = [(shape_sample("swatch", colour), m) for m, colour in METHOD_COLOURS.items() if m in methods]
-    if methods - METHOD_COLOURS.keys():
+    entries = [(shape_sample("swatch", colour), m) for m, colour in colours().items() if m in methods]
+    if methods - colours().keys():
         entries.append((shape_sample("triangle", TOOL_COLOUR), "another tool"))
     return entries + [(shape_sample(shape, ""), text) for shape, text in SHAPE_MEANINGS.items() if shape in shapes]
 

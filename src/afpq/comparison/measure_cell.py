@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from afpq.comparison.speed import compare_speed
 from afpq.comparison.tasks import Agenda, Question
 from afpq.evaluation.loading import load_model
 from afpq.evaluation.perplexity import TokenScores, logits_of, measure
-from afpq.jobs.execute import LOG_NAME, execute
+from afpq.jobs.execute import execute
+from afpq.jobs.finish_directory import LOG_NAME
 from afpq.jobs.prepare import Job
 from afpq.model.blocks import find_linears
 from afpq.model.linear import AfpqLinear
@@ -29,10 +30,9 @@ from afpq.model.skeleton import build_skeleton
 from afpq.model.unfuse import unfuse
 from afpq.numerics.groups import relative_squared_error
 from afpq.numerics.size import Size
+from afpq.progress import Progress
 
 KEPT_LOGITS = 2**30  # bytes of the float model's logits that are held in memory; more are computed anew for each cell
-
-Progress = Callable[[str, float], None]  # (what is done now, share of all cells done)
 
 
 class Meter:
@@ -59,13 +59,16 @@ class Meter:
 
     def _scores(self, model: Any, step: Progress) -> TokenScores:
         """Measure a quantized model against the float model: the last part of a cell's work."""
-        reference = self._reference()
-        return measure(model, self.agenda.windows, reference, lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
+
+        def last_part(_: str, done: int, total: int) -> None:
+            step("measuring", 6 * total + 4 * done, 10 * total)
+
+        return measure(model, self.agenda.windows, self._reference(), last_part)
 
     def measure_float(self, step: Progress) -> Result:
         """Measure the float model, whose speed is 1."""
         info = model_info(self.question.model, self.question.trust_remote_code)
-        scores = measure(self._original, self.agenda.windows, None, lambda i, n: step("measuring", i / n))
+        scores = measure(self._original, self.agenda.windows, None, lambda _, i, n: step("measuring", i, n))
         speed, rate = compare_speed(self._original, None, self.agenda.windows[0])
         return _result(FLOAT, scores, info.bits_per_weight, 0.0, info.file_bytes, speed=speed, tokens_per_second=rate)
 
@@ -77,7 +80,7 @@ class Meter:
         job = replace(job, model=build_skeleton(job.plan.checkpoint.directory, trust))
         start = time.perf_counter()
         if not place.exists():
-            execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", 0.6 * done / total))
+            execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", 6 * done, 10 * total))
         seconds = time.perf_counter() - start if fresh else None
         info, model = model_info(place, trust), load_model(place, trust)
         scores = self._scores(model, step)
@@ -102,7 +105,7 @@ class Meter:
         linears, errors, stored = dict(find_linears(model)), [], Size(0, 0)
         start = time.perf_counter()
         for index, target in enumerate(targets):
-            step("quantizing", 0.6 * index / len(targets))
+            step("quantizing", 6 * index, 10 * len(targets))
             weight = linears[target.module].weight
             back, packed = approximate(peer, target.module, weight)
             stored += Size(packed, target.elements)

@@ -18,12 +18,14 @@ from afpq.checkpoint.atomic_files import digest_value
 from afpq.checkpoint.lock import locked
 from afpq.comparison.cells import CALIBRATION, Result, changes, load, save
 from afpq.comparison.distributions import SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, asymmetry, some_rows, spread
-from afpq.comparison.measure_cell import Meter, Progress
+from afpq.comparison.measure_cell import Meter
 from afpq.comparison.peers import missing_packages
 from afpq.comparison.rows import About
 from afpq.comparison.tasks import Agenda, Question, Task
 from afpq.errors import AfpqError
+from afpq.progress import Progress
 
+WHOLE = 1000  # parts of a cell, in which its progress is counted
 SMALL_MODEL = 500_000_000  # bytes of a model below which reading its weights is not what takes the time
 
 Note = Callable[[str], None]
@@ -62,8 +64,9 @@ class Comparison:
             result = self._finished(task, note)
             if result is None:
 
-                def step(what: str, share: float, index: int = index, task: Task = task) -> None:
-                    progress(f"{index + 1}/{len(tasks)} {task.cell}: {what}", (index + share) / len(tasks))
+                def step(what: str, done: int, total: int, index: int = index, task: Task = task) -> None:
+                    parts = index * WHOLE + WHOLE * done // total
+                    progress(f"{index + 1}/{len(tasks)} {task.cell}: {what}", parts, len(tasks) * WHOLE)
 
                 result = self._measure(task, step, note)
                 if result is None:

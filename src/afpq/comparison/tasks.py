@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.make_plan import make_plan
 from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, Fingerprint
 from afpq.comparison.peers import Peer, installed_peers
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_tokenizer, window_length
 from afpq.evaluation.text import tokenize, windows
-from afpq.jobs.prepare import CalibrationSettings, Job, prepare
+from afpq.jobs.prepare import CalibrationSettings, Job, Texts, prepare
 from afpq.numerics.scheme import parse_scheme
-from afpq.recipe import METHODS, Recipe
+from afpq.recipe import Recipe
 from afpq.version import __version__
 
 
@@ -106,7 +107,7 @@ def _unique(names: Sequence[str], option: str) -> list[str]:
 def _prepare(question: Question, recipe: Recipe) -> Job:
     trust = question.trust_remote_code
     text, settings = question.calibration_text, question.settings
-    return prepare(question.model, recipe, text=text, settings=settings, trust_remote_code=trust)
+    return prepare(question.model, recipe, Texts(text), settings=settings, trust_remote_code=trust)
 
 
 def _windows(question: Question, job: Job) -> Tensor:

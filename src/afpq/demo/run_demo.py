@@ -8,7 +8,7 @@ perplexity is measured on modules that were not in the training text. See model/
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +19,7 @@ from afpq.evaluation.text import tokenize, windows
 from afpq.model.linear import AfpqLinear
 from afpq.model.quantize_in_memory import model_bits, quantize_model
 from afpq.numerics.scheme import parse_scheme
+from afpq.progress import Progress
 from afpq.recipe import Recipe
 
 MODEL = Path(__file__).parent / "model"
@@ -32,7 +33,7 @@ SEQUENCE, MAX_TOKENS = 512, 16_384
 def run_demo(
     schemes: Sequence[str] = SCHEMES,
     max_tokens: int = MAX_TOKENS,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Return the original model's row, then one for each scheme, all on the same held-out text."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from afpq.numerics.groups import extremes, relative_error
 from afpq.numerics.packing import packed_bytes
 from afpq.numerics.scheme import Scheme
 from afpq.numerics.size import Size
+from afpq.progress import Progress
 from afpq.recipe import Recipe
 
 SAMPLED_WEIGHTS = 2**17  # of a layer, if `rows` gives no number: enough for 1 % for groups of 128
@@ -38,7 +39,7 @@ def inspect_model(
     model: str | Path,
     settings: InspectSettings | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Inspect a checkpoint (a directory or hub id) that is not quantized yet; holds one layer's rows at a time.
 

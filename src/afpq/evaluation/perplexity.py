@@ -9,7 +9,7 @@ every change of the distribution, not only that of the one token that came.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import require_next_token
+from afpq.progress import Progress
 
 LOGITS_BATCH_TOKENS = 2048  # whose logits are computed at once
 
@@ -96,7 +97,7 @@ def evaluate(
     model: nn.Module,
     windows: Tensor,
     reference: Iterable[Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate on token windows [count, length]; see `measure`.
 
@@ -110,7 +111,7 @@ def measure(
     model: nn.Module,
     windows: Tensor,
     reference: Iterable[Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TokenScores:
     """Run the model on token windows [count, length].
 
@@ -131,7 +132,7 @@ def measure(
             divergences.append((log_q.exp() * (log_q - log_p)).sum(-1).double().cpu())
             agreements.append((log_q.argmax(-1) == log_p.argmax(-1)).double().cpu())
         if progress is not None:
-            progress(index + 1, len(windows))
+            progress("windows", index + 1, len(windows))
     if others is None:
         return TokenScores(torch.stack(losses))
     return TokenScores(torch.stack(losses), torch.stack(divergences), torch.stack(agreements))

@@ -22,6 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
@@ -116,7 +117,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.dequantize and not self.pre_quantized:
             raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
-        if not self.pre_quantized and recipe.method != "rtn":
+        if not self.pre_quantized and not METHODS[recipe.method].while_loading:
             raise AfpqError(f"method {recipe.method!r} needs calibration; use afpq.quantize, and load its result")
         other = next((file for file in checkpoint_files or () if not file.endswith(".safetensors")), None)
         if self.pre_quantized and other is not None:

@@ -18,7 +18,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from afpq.calibration.backward import Progress
 from afpq.calibration.sensitivity import GroupLosses, SensitivitySettings, measure_losses
 from afpq.checkpoint.atomic_files import digest_value, write_json
 from afpq.checkpoint.plan import Plan, Target
@@ -27,6 +26,7 @@ from afpq.errors import AfpqError
 from afpq.jobs.knapsack import choose_options
 from afpq.jobs.sensitivity_file import losses_to_json, read_losses
 from afpq.numerics.scheme import Scheme, parse_scheme
+from afpq.progress import Progress
 from afpq.version import __version__
 
 # From 2.25 to 4.5 true bits in small steps; not 8 bits, which has no fast kernel.

@@ -8,7 +8,7 @@ free memory; a block-by-block run of a model that does not is not spoiled by loa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_device_memory, available_memory
 from afpq.evaluation.perplexity import LOGITS_BATCH_TOKENS, Evaluation, evaluate, logits_of
 from afpq.evaluation.text import unused_windows, window_starts, windows
+from afpq.progress import Progress
 
 MAX_WINDOWS, MAX_LENGTH = 16, 512
 
@@ -81,7 +82,7 @@ def measure_card_text(
     sample: CardText,
     device: torch.device,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CardFigures | str:
     """Measure the saved model in `result` against the plan's original, both loaded; or the reason why not."""
     cuda = device.type == "cuda"

@@ -13,7 +13,7 @@ with one layer's weight unpacked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
 from afpq.errors import AfpqError
 from afpq.jobs.tuned_values import TunedValues
 from afpq.model.tensor_part import TensorPart
+from afpq.progress import Progress
 
 RATE = 0.004  # of Adam, falling to 0 in a straight line; scales move by ratio, vectors relative to their size
 BETAS = (0.9, 0.95)
@@ -68,7 +69,7 @@ def kl(reference: Tensor, logits: Tensor) -> Tensor:
 
 def run_end_pass(
     model: nn.Module, original: nn.Module, windows: Tensor, steps: int, seed: int, vectors: dict[str, torch.dtype],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], EndPass]:  # fmt: skip
     """Tune a quantized model towards its float original, both on one device, on windows of tokens [count, length].
 
@@ -102,7 +103,7 @@ def run_end_pass(
             if found < lowest:
                 lowest, kept, best = found, step + 1, [move.detach().clone() for move in moves]
         if progress is not None:
-            progress(step + 1, steps)
+            progress("end pass", step + 1, steps)
     with torch.no_grad():
         for move, value in zip(moves, best):
             move.copy_(value)

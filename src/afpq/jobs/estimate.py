@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""What a run will need, before it starts: memory from the plan's shapes, time from a few probes of this machine."""
+"""Estimate a run before it starts: memory from the plan's shapes, time from a few probes of this machine."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from afpq.algorithms import fit_scheme, quantize_rtn
-from afpq.algorithms.guided_gptq import PARTS
+from afpq.algorithms.methods import METHODS, Cost
 from afpq.calibration.head_inputs import PART
 from afpq.calibration.hidden_states import BLOCK_BATCH_TOKENS
-from afpq.checkpoint.plan import OUTSIDE, Plan, Target
+from afpq.checkpoint.plan import OUTSIDE, Plan
 from afpq.jobs.end_pass import EVALUATIONS, HELD_OUT_ONE_IN, STEP_TOKENS, end_pass_bytes
-from afpq.numerics.scale_search import RATIOS
-from afpq.recipe import METHODS
 
 BASE_BYTES = 600_000_000  # the process itself: torch, transformers, tokenizer
-SECONDS_A_COLUMN = 1e-4  # what a step of GPTQ costs in calls, whatever the number of rows
+SECONDS_A_CALL = 1e-4  # of a step of GPTQ, whatever the number of rows
 AWQ_GRID, FOLDS = 21, 4  # candidates tried for each fold, folds of a usual block
 
 
@@ -43,39 +41,50 @@ def estimate(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
 
 
 def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
-    infos = plan.checkpoint.tensors
+    recipe, infos = plan.recipe, plan.checkpoint.tensors
     largest = max(info.bytes for info in infos.values())
-    scheme = replace(plan.recipe.scheme, format=plan.recipe.scheme.format.start)
-    solve = sum(t.elements for t in plan.targets) / _rate(lambda: quantize_rtn(_WEIGHT, scheme, plan.recipe.search))
-    solve += _learning(plan)
-    method, gptq = METHODS[plan.recipe.method], plan.recipe.gptq
-    if windows is None or not method.calibrated:
-        return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve)
-    beside = method.guided or (method.solver == "gptq" and gptq.float_target)
+    scheme = replace(recipe.scheme, format=recipe.scheme.format.start)
+    costs = _costs(plan)
+    solve = sum(t.elements for t in plan.targets) / _rate(lambda: quantize_rtn(_WEIGHT, scheme, recipe.search))
+    solve += _codebook_seconds(plan, costs) + SECONDS_A_CALL * sum(cost.calls for cost in costs)
+    if windows is None or not METHODS[recipe.method].calibrated:
+        flops = sum(cost.flops for cost in costs)
+        return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve + (flops / _flops() if flops else 0))
+    tokens = windows[0] * windows[1]
+    memory = _calibration_bytes(plan, costs, largest)
+    width = min(t.shape[1] for t in plan.block_targets or plan.targets)
+    files = 4 if recipe.traits.float_model else 2
+    flops = _calibration_flops(plan, tokens, recipe.traits.float_model) + sum(cost.flops for cost in costs)
+    if recipe.traits.gradients:
+        files += sum(unit.in_blocks for unit in plan.units)  # what enters each block; then the gradients behind it
+        flops += _gradient_flops(plan, tokens)
+    if METHODS[recipe.method].scales_channels:
+        elements = sum(t.elements for t in plan.targets)
+        flops += AWQ_GRID * FOLDS * 2 * min(tokens, BLOCK_BATCH_TOKENS) * elements / 2  # half of a block, on average
+        solve += AWQ_GRID * elements / _rate(lambda: quantize_rtn(_WEIGHT, scheme))
+    return Estimate(memory, 4 * tokens * width * files, solve + flops / _flops())
+
+
+def _costs(plan: Plan) -> list[Cost]:
+    """The cost of solving each target."""
+    cost, options = METHODS[plan.recipe.method].cost, plan.recipe.solver_options
+    return [cost(target.shape, target.scheme, options) for target in plan.targets]
+
+
+def _calibration_bytes(plan: Plan, costs: Sequence[Cost], largest: int) -> int:
+    """Peak memory: what stands outside the blocks, a block or two, statistics, a batch of states, the head in parts."""
+    infos, traits = plan.checkpoint.tensors, plan.recipe.traits
     block = max(sum(infos[n].elements for n in unit.tensors) for unit in plan.units if unit.in_blocks)
     outside = sum(infos[n].elements for unit in plan.units if unit.name == OUTSIDE for n in unit.tensors)
     widest = max(max(t.shape[1] for t in plan.targets), 1)
-    width = min(t.shape[1] for t in plan.block_targets or plan.targets)
-    moments = (8 if method.solver == "gptq" else 2) * 4 * widest**2
     batch = 6 * 4 * BLOCK_BATCH_TOKENS * widest  # what a forward pass holds, in float32
-    memory = BASE_BYTES + 4 * (outside + (2 if beside else 1) * block) + 2 * largest + moments + batch
+    memory = BASE_BYTES + 4 * (outside + (2 if traits.float_model else 1) * block) + 2 * largest + batch
+    memory += max(cost.bytes for cost in costs)
     memory += max((8 * t.elements + 24 * min(t.elements, PART) for t in plan.end_targets), default=0)
-    states = 4 * windows[0] * windows[1] * width
-    files = 4 if beside else 2
-    flops = _calibration_flops(plan, windows[0] * windows[1], beside)
-    if method.guided:
+    if traits.gradients:
         memory += 4 * max(sum(t.shape[0] ** 2 for t in unit.targets) for unit in plan.units if unit.in_blocks)
         memory += 8 * max(t.shape[0] for t in plan.block_targets) ** 2
-        files += sum(unit.in_blocks for unit in plan.units)  # what enters each block; then the gradients behind it
-        flops += _gradient_flops(plan, windows[0] * windows[1])
-    if method.transform == "awq":
-        flops += _awq_flops(plan, windows[0] * windows[1])
-        rounding = _rate(lambda: quantize_rtn(_WEIGHT, scheme))
-        solve += AWQ_GRID * sum(t.elements for t in plan.targets) / rounding
-    if method.solver == "gptq":
-        parts = PARTS if method.guided else 1
-        solve += SECONDS_A_COLUMN * parts * (2 + gptq.sweeps) * sum(_inputs(plan.targets))
-    return Estimate(memory, states * files, solve + flops / _flops())
+    return memory
 
 
 def _end_pass_flops(plan: Plan, windows: tuple[int, int]) -> float:
@@ -86,16 +95,12 @@ def _end_pass_flops(plan: Plan, windows: tuple[int, int]) -> float:
     return plan.recipe.end_pass * step + judging
 
 
-def _calibration_flops(plan: Plan, tokens: int, beside: bool) -> float:
-    """Forward passes (three to four a stream: parts of the block for each stage, then all of it), moments, solving."""
-    solver = METHODS[plan.recipe.method].solver
+def _calibration_flops(plan: Plan, tokens: int, float_model: bool) -> float:
+    """Forward passes (three to four a stream: parts of the block for each stage, then all of it), and statistics."""
     share = _expert_share(plan)
     reached = [(t, tokens * (share if t.expert else 1)) for t in plan.targets]
-    forward = sum(2 * count * t.elements for t, count in reached) * 3.5 * (2 if beside else 1)
-    moments = sum(2 * count * t.shape[1] ** 2 for t, count in reached) * (2 if beside else 1)
-    solving = sum(4 * n**3 for n in _inputs(plan.targets)) if solver == "gptq" else 0
-    columns = sum(2 * t.elements * t.shape[1] * (2 + plan.recipe.gptq.sweeps) for t in plan.targets)
-    return forward + moments + solving + (columns if solver == "gptq" else 0)
+    forward = sum(2 * count * t.elements for t, count in reached) * 3.5 * (2 if float_model else 1)
+    return forward + sum(2 * count * t.shape[1] ** 2 for t, count in reached) * (2 if float_model else 1)
 
 
 def _gradient_flops(plan: Plan, tokens: int) -> float:
@@ -111,7 +116,7 @@ def _gradient_flops(plan: Plan, tokens: int) -> float:
 
 
 def _expert_share(plan: Plan) -> float:
-    """Share of the tokens that reach an expert, if all are chosen alike; 1 where the config does not tell."""
+    """Share of the tokens that reach an expert, if all are chosen alike; 1 if the config does not state it."""
     config = plan.checkpoint.config.get("text_config") or plan.checkpoint.config
     chosen = config.get("num_experts_per_tok")
     layers = Counter(t.module.rpartition(".")[0].rpartition(".")[0] for t in plan.targets if t.expert)
@@ -121,28 +126,16 @@ def _expert_share(plan: Plan) -> float:
     return min(1.0, chosen / experts)
 
 
-def _awq_flops(plan: Plan, tokens: int) -> float:
-    """A forward pass of a part of the block (half of it, on average) for each fold and candidate; the clips."""
-    elements = sum(t.elements for t in plan.targets)
-    search = AWQ_GRID * FOLDS * 2 * min(tokens, BLOCK_BATCH_TOKENS) * elements / 2
-    clips = sum(2 * t.elements * t.scheme.span(t.shape[1]) * 2 * len(RATIOS) for t in plan.targets)
-    return search + (clips if METHODS[plan.recipe.method].solver != "gptq" else 0)
-
-
-def _inputs(targets: list[Target]) -> list[int]:
-    return [t.shape[1] for t in targets]
-
-
 _WEIGHT = torch.linspace(-1, 1, 256 * 1024).view(256, 1024)
 
 
-def _learning(plan: Plan) -> float:
-    """Seconds that learning code books takes: by GPTQ twice a layer, for rounding to nearest is compared with."""
-    learned = [t.scheme for t in plan.targets if t.scheme.format.learned]
+def _codebook_seconds(plan: Plan, costs: Sequence[Cost]) -> float:
+    """Seconds of all searches for learned codebooks."""
+    learned = [(t.scheme, cost.codebooks) for t, cost in zip(plan.targets, costs) if t.scheme.format.learned]
     if not learned:
         return 0.0
-    count = len(learned) * (2 if METHODS[plan.recipe.method].solver == "gptq" else 1)
-    return count * _WEIGHT.numel() / _rate(lambda: fit_scheme(_WEIGHT, learned[0], plan.recipe.search))
+    rate = _rate(lambda: fit_scheme(_WEIGHT, learned[0][0], plan.recipe.search))
+    return sum(searches for _, searches in learned) * _WEIGHT.numel() / rate
 
 
 def _rate(work: Callable[[], object]) -> float:

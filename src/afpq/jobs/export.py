@@ -20,9 +20,10 @@ from afpq.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
 from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
 from afpq.jobs.conversion_card import Provenance, provenance_card, scheme_text
-from afpq.jobs.rewrite import Progress, Rewrite, rewrite
+from afpq.jobs.rewrite import Rewrite, rewrite
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import Spec, from_tensors, spec_bytes
+from afpq.progress import Progress
 
 EXPORT_DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,

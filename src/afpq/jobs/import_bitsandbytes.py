@@ -23,7 +23,7 @@ from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
 from afpq.jobs.bitsandbytes_format import BnbWeight, find_weights, fits_float16, read_absmax, read_format, read_weight
 from afpq.jobs.conversion_card import Provenance, provenance_card
-from afpq.jobs.rewrite import Progress, Rewrite, rewrite
+from afpq.jobs.rewrite import Rewrite, rewrite
 from afpq.jobs.selftest import check_reloaded
 from afpq.model.blocks import TransposedLinear
 from afpq.model.skeleton import build_skeleton
@@ -31,6 +31,7 @@ from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import Scheme
 from afpq.numerics.size import Size
+from afpq.progress import Progress
 from afpq.recipe import Recipe
 from afpq.version import __version__
 

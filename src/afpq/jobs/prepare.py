@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A job: what a recipe would do to a checkpoint, with the text it learns from; made from headers and texts alone."""
+"""Prepare a job: the plan of a recipe for a checkpoint, and its calibration text; from headers and texts alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from afpq.algorithms.methods import METHODS, NEAREST
 from afpq.calibration.sensitivity import SensitivitySettings, measured_windows
 from afpq.checkpoint.atomic_files import digest_value
 from afpq.checkpoint.make_plan import make_plan
@@ -28,10 +29,10 @@ from afpq.jobs.bit_budget import Budget, Choice, settle_budget
 from afpq.jobs.card_sample import CardText, WindowDraw, card_text_of, unused_card_text
 from afpq.jobs.chosen_overrides import with_choice
 from afpq.model.skeleton import build_skeleton
-from afpq.recipe import METHODS, Recipe
+from afpq.progress import Progress
+from afpq.recipe import Recipe
 from afpq.version import __version__
 
-Progress = Callable[[str, int, int], None]  # (unit just finished, weights done, weights in all)
 _NO_TEXT, _SWITCHED_OFF = "no text was given (--eval-text FILE)", "it was switched off (--no-card-measure)"
 
 
@@ -39,7 +40,8 @@ _NO_TEXT, _SWITCHED_OFF = "no text was given (--eval-text FILE)", "it was switch
 class CalibrationSettings:
     """`samples` random windows of `seq_len` tokens (cut to the model's context), drawn with `seed`.
 
-    `all_experts`: every expert of a mixture learns from all tokens, not only from those routed to it.
+    `all_experts`: the statistics of every expert of a mixture are those of all tokens, not only of the ones routed to
+    it. Raises AfpqError for numbers out of range and for a device that is not here.
     """
 
     samples: int = 128
@@ -56,15 +58,14 @@ class CalibrationSettings:
         self.torch_device()
 
     def torch_device(self) -> torch.device:
-        """The device that computes. Raises AfpqError for one that is not here."""
+        """Return the device that computes. Raises AfpqError for one that is not here."""
         return find_device(self.device)
 
     def measuring(self, windows: Tensor, recipe: Recipe) -> SensitivitySettings:
-        """How sensitivities are measured on some of the calibration windows, with scales found as they will be."""
-        method = METHODS[recipe.method]
-        damp = recipe.gptq.damp if method.solver == "gptq" else None
+        """Return how to measure sensitivities on some of the calibration windows, with scales found as in the run."""
+        traits = recipe.traits
         return SensitivitySettings(
-            measured_windows(windows), self.seed, self.torch_device(), recipe.search, damp, method.guided
+            measured_windows(windows), self.seed, self.torch_device(), recipe.search, traits.damp, traits.gradients
         )
 
 
@@ -72,7 +73,8 @@ class CalibrationSettings:
 class Job:
     """A plan, the architecture it was made with, and the calibration windows [samples, tokens] its method needs.
 
-    For the card: the model as the user named it, the calibration text's name, and what to measure on, or why not.
+    For the card: the model as the user named it, the calibration text's name, and the text to measure on, or why there
+    is none.
     """
 
     plan: Plan
@@ -83,91 +85,148 @@ class Job:
     text_name: str = "a text"
     sample: CardText | str = "no text was given"
     trust_remote_code: bool = False
-    choice: Choice | None = None  # where the plan's schemes were chosen under a budget of bits
+    choice: Choice | None = None  # if the plan's schemes were chosen under a budget of bits
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the result, for telling whether a stopped run may go on."""
+        """Return digests of everything that decides the result; a stopped run goes on only if they are equal."""
+        recipe = self.plan.recipe
         windows = b"" if self.windows is None else self.windows.numpy().tobytes()
         return {
             "version of afpq": __version__,
             "model": checkpoint_digest(self.plan.checkpoint),
             "setting": digest_value(
-                [asdict(self.plan.recipe), asdict(self.settings) if self.windows is not None else None]
+                [
+                    asdict(replace(recipe, options=recipe.solver_options)),
+                    asdict(self.settings) if self.windows is not None else None,
+                ]
             ),
             "text": hashlib.sha256(windows).hexdigest(),
         }
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a job: `calibration` for methods that need one, `evaluation` to measure the result on.
+
+    `calibration_name` and `evaluation_name` are for the card. Without `evaluate` the card has no perplexity or KL.
+    Raises AfpqError for an evaluation text that is not to be evaluated on.
+    """
+
+    calibration: str | Sequence[str] | None = None
+    evaluation: str | Sequence[str] | None = None
+    calibration_name: str = "the text given"
+    evaluation_name: str = "the evaluation text given"
+    evaluate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.evaluation is not None and not self.evaluate:
+            raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
+
+
+@dataclass(frozen=True)
+class BudgetSearch:
+    """A budget of bits, and the file that keeps the sensitivities measured for it; None: they are not kept."""
+
+    budget: Budget
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Tokenizes texts for one model, `length` tokens a window at most."""
+
+    directory: Path
+    trust_remote_code: bool
+    length: int
+
+    def tokens(self, content: str | Sequence[str]) -> Tensor:
+        tokenizer = load_tokenizer(self.directory, self.trust_remote_code)
+        return tokenize(tokenizer, content if isinstance(content, str) else "\n\n".join(content))
+
+
 def prepare(
     model: str | Path,
     recipe: Recipe,
+    texts: Texts | None = None,
     *,
-    text: str | Sequence[str] | None = None,
-    eval_text: str | Sequence[str] | None = None,
-    names: tuple[str, str] = ("the text given", "the evaluation text given"),
-    measured: bool = True,
     settings: CalibrationSettings | None = None,
     trust_remote_code: bool = False,
-    budget: Budget | None = None,
-    sensitivities: Path | None = None,
+    search: BudgetSearch | None = None,
     progress: Progress | None = None,
 ) -> Job:
-    """What `recipe` would do to the checkpoint `model` (a directory or hub id); reads headers and texts only.
+    """Plan what `recipe` does to the checkpoint `model` (a directory or hub id); read headers and texts only.
 
-    `names` of the two texts are for the card; without `measured` it has no figures of perplexity. With a `budget` the
-    model is run on the text, block by block, to choose the schemes; what was measured is kept in `sensitivities`.
-    Raises AfpqError for bad input, and where a calibrated method or a budget has no text.
+    With a budget to `search` schemes for, the model is run on the calibration text, block by block, to choose them.
+    Raises AfpqError for bad input, and if a calibrated method, a budget or the end pass has no text.
     """
+    texts, settings = texts or Texts(), settings or CalibrationSettings()
     checkpoint = open_checkpoint(model)
     skeleton = build_skeleton(checkpoint.directory, trust_remote_code)
     plan = make_plan(checkpoint, skeleton, recipe)
-    settings, calibrated = settings or CalibrationSettings(), METHODS[recipe.method].calibrated
+    calibrated = METHODS[recipe.method].calibrated
+    user = _user_of_text(recipe, search)
+    if user is not None:
+        _check_calibration(skeleton, texts, user, "" if search is None else " without a budget")
     if recipe.end_pass:
         require_next_token(skeleton)
-    needy = f"method {recipe.method}" if calibrated else "a budget of bits" if budget is not None else "the end pass"
-    taught = calibrated or budget is not None or recipe.end_pass > 0
-    if taught and text is None:
-        raise AfpqError(f"{needy} needs calibration text: --text FILE or --dataset NAME")
-    if taught and getattr(skeleton.config, "is_encoder_decoder", False):
-        raise AfpqError(
-            f"{type(skeleton).__name__} is an encoder-decoder: its decoder's blocks read the encoder's outputs too and "
-            f"cannot be calibrated one after the other by {needy}; "
-            f"use --method rtn{'' if budget is None else ' without a budget'}"
-        )
-    if eval_text is not None and not measured:
-        raise AfpqError("a text to measure on (--eval-text) and no measuring (--no-card-measure): choose one")
-    length = window_length(skeleton, settings.seq_len)
-
-    def tokens(content: str | Sequence[str]) -> Tensor:
-        tokenizer = load_tokenizer(checkpoint.directory, trust_remote_code)
-        return tokenize(tokenizer, content if isinstance(content, str) else "\n\n".join(content))
-
-    windows, drawn, choice = None, None, None
-    sample: CardText | str = _NO_TEXT if measured else _SWITCHED_OFF
-    if taught and text is not None:
-        drawn = WindowDraw(tokens(text), settings.samples, length, settings.seed)
-        windows = sample_windows(drawn.tokens, drawn.count, drawn.length, drawn.seed)
-        if recipe.end_pass and len(windows) < 2:
-            raise AfpqError(
-                "the end pass needs 2 windows, one to learn from and one to judge by: more --samples or text"
-            )
-    if measured and eval_text is not None:
-        sample = card_text_of(tokens(eval_text), length, names[1])
-    elif measured and drawn is not None:
-        sample = unused_card_text(drawn, names[0])
-    elif measured and text is not None:
-        sample = card_text_of(tokens(text), length, f"{names[0]}, which played no part in quantizing")
-    if budget is not None and windows is not None:
-        choice = settle_budget(plan, skeleton, budget, settings.measuring(windows, recipe), sensitivities, progress)
+    reader = _Reader(checkpoint.directory, trust_remote_code, window_length(skeleton, settings.seq_len))
+    drawn = None if user is None else _draw(reader, texts, settings)
+    windows = None if drawn is None else sample_windows(drawn.tokens, drawn.count, drawn.length, drawn.seed)
+    if recipe.end_pass and windows is not None and len(windows) < 2:
+        raise AfpqError("the end pass needs 2 windows, one to learn from and one to judge by: more --samples or text")
+    sample, choice = _card_text(reader, texts, drawn), None
+    if search is not None and windows is not None:
+        how = settings.measuring(windows, recipe)
+        choice = settle_budget(plan, skeleton, search.budget, how, search.file, progress)
         plan = make_plan(checkpoint, skeleton, with_choice(recipe, choice, plan, skeleton))
     windows = windows if calibrated or recipe.end_pass else None
-    return Job(plan, skeleton, settings, windows, str(model), names[0], sample, trust_remote_code, choice)
+    name = texts.calibration_name
+    return Job(plan, skeleton, settings, windows, str(model), name, sample, trust_remote_code, choice)
+
+
+def _user_of_text(recipe: Recipe, search: BudgetSearch | None) -> str | None:
+    """What needs calibration text, in words; None if nothing does."""
+    if METHODS[recipe.method].calibrated:
+        return f"method {recipe.method}"
+    if search is not None:
+        return "a budget of bits"
+    return "the end pass" if recipe.end_pass else None
+
+
+def _check_calibration(skeleton: PreTrainedModel, texts: Texts, user: str, without: str) -> None:
+    """Raises AfpqError if there is no text for `user`, or the architecture cannot be calibrated."""
+    if texts.calibration is None:
+        raise AfpqError(f"{user} needs calibration text: --text FILE or --dataset NAME")
+    if getattr(skeleton.config, "is_encoder_decoder", False):
+        raise AfpqError(
+            f"{type(skeleton).__name__} is an encoder-decoder: its decoder's blocks read the encoder's outputs too and "
+            f"cannot be calibrated one after the other by {user}; use --method {NEAREST}{without}"
+        )
+
+
+def _draw(reader: _Reader, texts: Texts, settings: CalibrationSettings) -> WindowDraw:
+    assert texts.calibration is not None
+    return WindowDraw(reader.tokens(texts.calibration), settings.samples, reader.length, settings.seed)
+
+
+def _card_text(reader: _Reader, texts: Texts, drawn: WindowDraw | None) -> CardText | str:
+    """The text that the card's figures are measured on, or why there is none."""
+    if not texts.evaluate:
+        return _SWITCHED_OFF
+    if texts.evaluation is not None:
+        return card_text_of(reader.tokens(texts.evaluation), reader.length, texts.evaluation_name)
+    if drawn is not None:
+        return unused_card_text(drawn, texts.calibration_name)
+    if texts.calibration is not None:
+        origin = f"{texts.calibration_name}, which played no part in quantizing"
+        return card_text_of(reader.tokens(texts.calibration), reader.length, origin)
+    return _NO_TEXT
 
 
 def sensitivities_file(out: Path, given: Path | None, resume: bool) -> Path:
-    """Where sensitivities are kept while `out` is made: beside it, unless a place was given.
+    """Return the file that keeps sensitivities while `out` is made: next to it, unless a place was given.
 
-    Raises AfpqError where `out` exists, before anything is measured.
+    Raises AfpqError if `out` exists, before anything is measured.
     """
     refuse_existing(out)
     if given is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.card_header import LOAD, PAPER, front_matter
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import CARD
@@ -20,7 +21,6 @@ from afpq.jobs.card_sample import CardFigures
 from afpq.jobs.chosen_shares import SHARES, share_cells
 from afpq.jobs.sensitivity_file import SENSITIVITIES
 from afpq.model.coverage import coverage_warning
-from afpq.recipe import METHODS
 from afpq.version import __version__
 
 PICTURE = "card_errors.png"

@@ -17,8 +17,7 @@ from afpq.checkpoint.verify import check_tensors, digest
 from afpq.checkpoint.work_directory import work_directory
 from afpq.checkpoint.writer import ShardWriter
 from afpq.numerics.packing import Spec, spec_bytes
-
-Progress = Callable[[str, int, int], None]  # (tensor just written, bytes done, bytes in all)
+from afpq.progress import Progress
 
 
 @dataclass(frozen=True)

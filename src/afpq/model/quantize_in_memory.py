@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from afpq.algorithms.rtn import quantize_named
+from afpq.algorithms.methods import METHODS, solve_without_data
 from afpq.errors import AfpqError
 from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, replace_module
 from afpq.model.coverage import warn_of_left
@@ -16,8 +16,9 @@ from afpq.model.linear import AfpqLinear, PackedModule
 from afpq.model.replace_ends import replace_ends
 from afpq.model.unfuse import unfuse
 from afpq.numerics.formats import repeated_codebook_bytes
+from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.scheme import Scheme
-from afpq.recipe import METHODS, Recipe
+from afpq.recipe import Recipe
 
 
 @torch.no_grad()
@@ -37,13 +38,13 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
         raise AfpqError("no linear layer left to quantize; see skip")
     for name, linear, scheme in chosen:
         if scheme is not None:
-            solved = quantize_named(f"{name}.weight", linear.weight, scheme, recipe.search)
+            solved = _quantize(name, linear.weight, scheme, recipe)
             layer = AfpqLinear.from_weight(solved, linear.bias, linear.weight.dtype)
             layer.conv1d = isinstance(linear, TransposedLinear)
             replace_module(model, name, layer)
 
     def quantize_end(name: str, module: nn.Module, scheme: Scheme) -> AfpqEmbedding | AfpqLinear:
-        solved = quantize_named(f"{name}.weight", module.get_parameter("weight"), scheme, recipe.search)
+        solved = _quantize(name, module.get_parameter("weight"), scheme, recipe)
         if isinstance(module, nn.Embedding):
             return AfpqEmbedding.from_weight(solved, module)
         assert isinstance(module, nn.Linear)
@@ -52,6 +53,11 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     replace_ends(model, ends, ends.schemes(recipe), quantize_end)
     warn_of_left(model, blocks)
     return model
+
+
+def _quantize(name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
+    """Quantize the weight of the module called `name` by the recipe's method."""
+    return solve_without_data(f"{name}.weight", recipe.method, weight, scheme, recipe.solver_options, recipe.search)
 
 
 def model_bits(model: nn.Module) -> float:
