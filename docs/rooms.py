@@ -16,8 +16,8 @@ PICTURE = Path(__file__).with_name("rooms.svg")
 
 # Folders, and files next to them, in reading order: each imports only itself and what stands before it.
 ROOMS = (
-    "errors", "version", "progress", "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint", "calibration",
-    "integrations", "evaluation", "demo", "jobs", "comparison", "moved", "__init__", "commands", "cli",
+    "errors", "version", "progress", "numerics", "kernels", "algorithms", "recipe", "model", "checkpoint",
+    "calibration", "integrations", "evaluation", "demo", "jobs", "comparison", "moved", "__init__", "commands", "cli",
     "__main__",
 )  # fmt: skip
 FOLDERS = tuple(room for room in ROOMS if (SOURCE / room).is_dir())

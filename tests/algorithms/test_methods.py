@@ -20,7 +20,7 @@ from afpq.algorithms.methods import METHODS, Cost, Method, Traits
 from afpq.algorithms.solver_options import GptqOptions, SolverOptions, option
 from afpq.checkpoint.reader import CARD
 from afpq.comparison.cells import Cell
-from afpq.comparison.charts import OTHERS, colour_of
+from afpq.comparison.charts import TOOL_COLOUR, colour_of
 from afpq.jobs.estimate import estimate
 from afpq.jobs.prepare import Texts, prepare
 from afpq.model.quantize_in_memory import quantize_model
@@ -111,8 +111,8 @@ def test_it_is_used_in_memory_and_has_a_colour(seen: list[LayerProblem], tiny_mo
     with pytest.raises(AfpqError, match="needs calibration text"):
         quantize_model(load(tiny_model_dir), Recipe(SCHEME, "fed"))
     colours = [colour_of(Cell("nf3-asym-g32", name)) for name in METHODS]
-    assert OTHERS not in colours and len(set(colours[:5])) == 5
-    assert colour_of(Cell("int4", "another tool")) == OTHERS
+    assert TOOL_COLOUR not in colours and len(set(colours[:5])) == 5
+    assert colour_of(Cell("int4", "another tool")) == TOOL_COLOUR
 
 
 def test_what_each_method_needs() -> None:

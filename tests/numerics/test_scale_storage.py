@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from afpq import kernels
 from afpq.algorithms import quantize_gptq, quantize_rtn
 from afpq.errors import AfpqError
 from afpq.kernels import reference
 from afpq.kernels.operands import Packed
-from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.packing import from_tensors, layout, to_tensors
 from afpq.numerics.scale_storage import (
     LEVELS,
@@ -112,9 +112,8 @@ def test_scales_that_are_or_become_infinite_are_named() -> None:
             check_scales_finite(fine | {name: bad}, "layer.")
 
 
-@pytest.fixture
-def float8(monkeypatch: pytest.MonkeyPatch) -> ScaleStorage:
-    """One row more: float8 on disk, float32 in memory."""
+def float8() -> ScaleStorage:
+    """float8 on disk, float32 in memory."""
 
     def encode(scales: Tensor, grid: ScaleGrid | None) -> Tensor:
         return scales.to(torch.float8_e4m3fn)
@@ -125,33 +124,47 @@ def float8(monkeypatch: pytest.MonkeyPatch) -> ScaleStorage:
     def round(scales: Tensor, grid: ScaleGrid | None) -> Tensor:
         return decode(encode(scales, grid), None)
 
-    storage = ScaleStorage(
-        "float8", torch.float8_e4m3fn, torch.float32, 2.0**-9, False, round=round, encode=encode, decode=decode
-    )
-    monkeypatch.setitem(SCALE_STORAGES, "float8", storage)
-    return storage
+    dtypes = torch.float8_e4m3fn, torch.float32
+    return ScaleStorage("float8", *dtypes, 2.0**-9, False, round=round, encode=encode, decode=decode)
+
+
+def log16() -> ScaleStorage:
+    """The bytes of log8 in int16: a dtype of integers that needs a grid."""
+
+    def encode(scales: Tensor, grid: ScaleGrid | None) -> Tensor:
+        return to_bytes(scales, grid).to(torch.int16)
+
+    def decode(stored: Tensor, grid: Tensor | None) -> Tensor:
+        return from_bytes(stored, grid)
+
+    return ScaleStorage("log16", torch.int16, torch.float32, 2.0**-126, True, on_grid, encode, decode)
 
 
 @pytest.mark.parametrize("kind", ["nf3-asym", "nf4-sym", "int4-asym"])
-def test_a_row_more_is_a_storage_for_solvers_files_and_the_reference(float8: ScaleStorage, kind: str) -> None:
-    scheme = parse_scheme(f"{kind}-g32-float8")
-    assert str(scheme) == f"{kind}-g32-float8" and float8.bits == 8
+@pytest.mark.parametrize("storage", [float8(), log16()], ids=lambda storage: storage.name)
+def test_a_row_more_is_a_storage_for_solvers_files_and_the_ops(
+    monkeypatch: pytest.MonkeyPatch, storage: ScaleStorage, kind: str
+) -> None:
+    monkeypatch.setitem(SCALE_STORAGES, storage.name, storage)
+    scheme = parse_scheme(f"{kind}-g32-{storage.name}")
+    assert str(scheme) == f"{kind}-g32-{storage.name}"
     dice = torch.Generator().manual_seed(0)
     weight, x = 8 * torch.randn(16, 96, generator=dice), torch.randn(64, 96, generator=dice)
     plain = quantize_rtn(weight, parse_scheme(f"{kind}-g32"), "mse")
     for solved in (quantize_rtn(weight, scheme, "mse"), quantize_gptq(weight, x.T @ x, scheme)[0]):
         solved.validate()
-        assert solved.fitted == FittedScheme(scheme)
         tensors = to_tensors(solved)
         assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == layout(scheme, 16, 96)
         assert torch.equal(from_tensors(tensors, scheme, 96).dequantize(), solved.dequantize())
         scales = tensors.get("scales_pos", tensors.get("scales"))
         assert scales is not None
-        packed = Packed(
-            tensors["qweight"], scales, tensors.get("scales_neg"), tensors.get("zeros"), None,
-            list(scheme.format.values), scheme.format.bits, 32,
-        )  # fmt: skip
-        assert torch.equal(reference.dequantize(packed, 96, torch.float32), solved.dequantize())
+        tail = tensors.get("scales_neg"), tensors.get("zeros"), tensors.get("scale_grid")
+        book = scheme.format.values, scheme.format.bits, 32
+        wanted = x @ solved.dequantize().T
+        packed = Packed(tensors["qweight"], scales, *tail, list(book[0]), *book[1:])
+        assert torch.equal(reference.linear(x, packed, None), wanted)
+        # Native kernels leave a dtype that they do not have to the reference.
+        assert torch.equal(kernels.linear(x, tensors["qweight"], scales, *tail, None, *book), wanted)
     error = (quantize_rtn(weight, scheme, "mse").dequantize() - weight).norm()
     assert error < 1.3 * (plain.dequantize() - weight).norm()
 

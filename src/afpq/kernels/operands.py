@@ -14,6 +14,7 @@ from torch import Tensor
 from afpq.errors import AfpqError
 from afpq.numerics.formats import BITS
 from afpq.numerics.packing import packed_size
+from afpq.numerics.scale_storage import storage_of
 
 BOOKS = 2**15  # code books whose checks and tables are remembered: a learned one for each layer, or each expert's
 
@@ -50,14 +51,15 @@ class Packed(NamedTuple):
                 f"qweight {list(qweight.shape)} {qweight.dtype} does not hold {columns} codes of {bits} bits a row"
             )
         rows, groups = len(qweight), 1 if group_size == -1 else -(-columns // group_size)
-        if not scales.dtype.is_floating_point and scales.dtype != torch.uint8:
+        storage = storage_of(scales.dtype)
+        if storage is None and not scales.dtype.is_floating_point:
             raise AfpqError(f"scales are {scales.dtype}; expected floats, or bytes and a scale_grid")
         for name, tensor in (("scales", scales), ("scales_neg", scales_neg)):
             if tensor is not None and (tensor.shape != (rows, groups) or tensor.dtype != scales.dtype):
                 raise AfpqError(
                     f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {[rows, groups]} {scales.dtype}"
                 )
-        if (scales.dtype == torch.uint8) != (grid is not None):
+        if (storage is not None and storage.needs_grid) != (grid is not None):
             raise AfpqError(f"scales are {scales.dtype}, and {'no' if grid is None else 'a'} grid is given")
         if grid is not None and (grid.shape != (2,) or grid.dtype != torch.float32):
             raise AfpqError(f"scale_grid is {list(grid.shape)} {grid.dtype}, expected [2] torch.float32")

@@ -68,7 +68,7 @@ _Grid = TypeVar("_Grid", ScaleGrid, Tensor)  # as a value, or as it is saved
 
 
 def grid_for(scales: Tensor) -> ScaleGrid:
-    """The grid for a weight whose absmax scales are `scales`, any float shape; those not above zero do not count."""
+    """Make the grid for a weight whose absmax scales are `scales`, any float shape; only those above zero count."""
     live = scales[scales > 0].double()
     low, high = (live.min().item() * BELOW, live.max().item() * ABOVE) if len(live) else (1.0, 1.0)
     top, bottom = (math.log2(min(max(v, SMALLEST_NORMAL), 2.0**127)) for v in (high, low))
@@ -83,18 +83,18 @@ def _float32(value: float) -> float:
 
 
 def grid_tensor(grid: ScaleGrid) -> Tensor:
-    """float32 [2] (low, step), as it is saved."""
+    """Return float32 [2] (low, step), as it is saved."""
     return torch.tensor([grid.low, grid.step])
 
 
 def to_grid(scale: Tensor, grid: ScaleGrid) -> Tensor:
-    """Float scales > 0 of any shape -> the nearest k (by ratio), int64, same shape."""
+    """Return the nearest k (by ratio) of float scales > 0, int64, same shape."""
     k = (scale.double().log2() - grid.low) / grid.step
     return k.round_().clamp_(0, LEVELS - 1).long()
 
 
 def on_grid(scale: Tensor, grid: ScaleGrid | None) -> Tensor:
-    """Float scales > 0 of any shape -> the nearest of the grid (by ratio), float32, same shape."""
+    """Round float scales > 0 to the nearest of the grid, float32, same shape. Raises AfpqError without a grid."""
     grid = _required(grid)
     return _magnitudes(grid, scale.device)[to_grid(scale, grid)]
 
@@ -106,12 +106,12 @@ def _magnitudes(grid: ScaleGrid, device: torch.device) -> Tensor:
 
 
 def to_bytes(scale: Tensor, grid: ScaleGrid | None) -> Tensor:
-    """Scales on the grid, of either sign and any shape -> uint8, same shape. Raises AfpqError without a grid."""
+    """Encode scales on the grid, of either sign, as uint8, same shape. Raises AfpqError without a grid."""
     return (to_grid(scale.abs(), _required(grid)) + SIGN * (scale < 0)).to(torch.uint8)
 
 
 def from_bytes(stored: Tensor, grid: Tensor | None) -> Tensor:
-    """uint8 of any shape and the saved grid, float32 [2] -> float32 scales, same shape."""
+    """Decode uint8 by the saved grid, float32 [2], to float32 scales, same shape. Raises AfpqError without a grid."""
     grid = _required(grid)
     k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
     magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
@@ -143,15 +143,18 @@ SCALE_STORAGES = {
 }
 
 
-def decode_stored(stored: Tensor, grid: Tensor | None) -> Tensor:
-    """Scales as they lie on disk -> as they are in memory, by the storage that has their dtype.
+def storage_of(dtype: torch.dtype) -> ScaleStorage | None:
+    """Return the storage that has this dtype on disk; None if none has."""
+    return next((storage for storage in SCALE_STORAGES.values() if storage.dtype == dtype), None)
 
-    The ops also take scales of float dtypes that no storage has; these are what they stand for.
+
+def decode_stored(stored: Tensor, grid: Tensor | None) -> Tensor:
+    """Decode scales as they lie on disk, of any shape, by the storage that has their dtype.
+
+    The ops also take scales of float dtypes that no storage has; these are returned as they are.
     """
-    for storage in SCALE_STORAGES.values():
-        if storage.dtype == stored.dtype:
-            return storage.decode(stored, grid)
-    return stored
+    storage = storage_of(stored.dtype)
+    return stored if storage is None else storage.decode(stored, grid)
 
 
 def check_scales_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
