@@ -7,7 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from algorithms.test_gptq import problem
+from layer_problem import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

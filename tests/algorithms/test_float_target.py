@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from algorithms.test_gptq import problem
+from layer_problem import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
