@@ -36,7 +36,7 @@ class ModelInfo:
     points, or over all tensors of a model that is not quantized; `coverage` is the quantized share of the blocks'
     weights, `left` the others by tensor: its name, with numbers as `*` -> how many weights. `file_bits_per_weight` is
     over everything stored. `ends` are the head and the embedding where they are quantized (a tied pair once, as the
-    embedding); `layers` has them too."""
+    embedding); `layers` has them too. `published` is the form of an original of a low precision, such as fp8."""
 
     bits_per_weight: float
     coverage: float
@@ -48,6 +48,7 @@ class ModelInfo:
     quantization_config: dict[str, Any] | None
     file_bits_per_weight: float = 0.0
     ends: tuple[str, ...] = ()
+    published: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +77,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     total = quantized + sum(info.elements for info in plain.values())
     formats = [layer.scheme.format for layer in found]
     books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
-    every = sum(parts.values()) + sum(info.bytes for info in plain.values()) + books
+    every = sum(parts.values()) + sum(info.stored_bytes for info in plain.values()) + books
     again = repeated_codebook_bytes(layer.scheme.format for layer in inside)
     bits = sum(layer.bits_per_weight * layer.elements for layer in inside) - 8 * again if found else 8 * every
     covered = sum(layer.elements for layer in found if not layer.end)
@@ -92,6 +93,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
         quantization_config=keys,
         file_bits_per_weight=8 * every / total,
         ends=ends,
+        published=None if checkpoint.published is None else checkpoint.published.form,
     )
 
 

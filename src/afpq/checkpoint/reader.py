@@ -16,6 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from afpq.checkpoint.encoded import EncodedTensor, Publication
+from afpq.checkpoint.gguf_source import gguf_directory, gguf_file_of
+from afpq.checkpoint.gguf_tensors import gguf_tensors
+from afpq.checkpoint.low_precision import KEY, float_view
 from afpq.errors import AfpqError
 from afpq.model.tensor_part import TensorPart
 
@@ -38,15 +42,21 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor, and the file it is in."""
+    """What a header says of a tensor, and the file it is in; of one that is decoded while it is read, what it becomes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
+    encoded: EncodedTensor | None = None
 
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * self.elements
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file; `bytes` are those in memory."""
+        return self.bytes if self.encoded is None else self.encoded.stored_bytes
 
     @property
     def elements(self) -> int:
@@ -55,11 +65,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with config.json and safetensors; `tensors` in the order of the files."""
+    """A directory with config.json and safetensors; `tensors` in the order of the files.
+
+    A model that is `published` in a low precision is seen as floats: config and tensors are those of the decoded model.
+    """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    published: Publication | None = None
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own: no file stays mapped. Raises AfpqError if the file cannot be read."""
@@ -70,6 +84,8 @@ class Checkpoint:
         if part.expert is None:
             return part.of(self.read(part.tensor)).contiguous()
         info = self.tensors[part.tensor]
+        if info.encoded is not None:
+            return replace(part, expert=None).of(info.encoded.read_expert(part.expert)).contiguous()
         try:
             with safe_open(info.file, "pt") as file:
                 expert = file.get_slice(part.tensor)[part.expert]
@@ -82,6 +98,8 @@ class Checkpoint:
         if part != TensorPart(part.tensor):
             return self.read_part(part)[list(rows)]
         info = self.tensors[part.tensor]
+        if info.encoded is not None:
+            return info.encoded.read_rows(rows)
         try:
             with safe_open(info.file, "pt") as file:
                 matrix = file.get_slice(part.tensor)
@@ -99,6 +117,8 @@ class Checkpoint:
 
 
 def read_tensor(info: TensorInfo, name: str) -> Tensor:
+    if info.encoded is not None:
+        return info.encoded.read()
     try:
         with safe_open(info.file, "pt") as file:
             return file.get_tensor(name).clone()  # type: ignore[no-any-return]
@@ -110,10 +130,16 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """A directory, or the id of a repository on the hub (downloaded to its cache) -> Checkpoint.
 
     Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, an
-    index that leads out of the directory, a tensor that two files hold, or weights that are not safetensors.
+    index that leads out of the directory, a tensor that two files hold, or weights that are not safetensors. Models
+    published in fp8 or MXFP4, and GGUF files, are seen as floats; scales that do not fit are an AfpqError too.
     """
     directory = _locate(model)
     config = read_json(directory / "config.json")
+    gguf = gguf_file_of(directory)
+    if gguf is not None:
+        found, form = gguf_tensors(gguf, directory)
+        infos = {name: TensorInfo(each.dtype, each.shape, each.file, each) for name, each in found.items()}
+        return Checkpoint(directory, config, infos, Publication(form, gguf))
     # Transformers takes a single file before an index; so do we, or two readers would see two models.
     if (directory / WEIGHTS).exists():
         files, weight_map = [directory / WEIGHTS], {}
@@ -137,7 +163,26 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     missing = next((name for name in weight_map if name not in tensors), None)
     if missing is not None:
         raise AfpqError(f"{directory / weight_map[missing]}: tensor {missing} is listed in {INDEX} but not there")
-    return Checkpoint(directory, config, tensors)
+    return _as_floats(Checkpoint(directory, config, tensors))
+
+
+def _as_floats(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as it is, or decoded where it is published in a low precision."""
+    view = float_view(checkpoint.directory, checkpoint.config, checkpoint.tensors)
+    if view is None:
+        return checkpoint
+    tensors: dict[str, TensorInfo] = {}
+    for stored, info in checkpoint.tensors.items():
+        if stored in view.encoded:
+            name, tensor = view.encoded[stored]
+            if name in checkpoint.tensors and name != stored:
+                raise AfpqError(f"{info.file}: tensor {stored} stands for {name}, which is there too")
+            tensors[name] = TensorInfo(tensor.dtype, tensor.shape, tensor.file, tensor)
+        elif stored not in view.hidden:
+            tensors[stored] = info
+    config = {key: value for key, value in checkpoint.config.items() if key != KEY}
+    published = Publication(view.form, checkpoint.directory) if view.encoded else None
+    return Checkpoint(checkpoint.directory, config, tensors, published)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -156,6 +201,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _locate(model: str | Path) -> Path:
     directory = Path(model)
     try:
+        unpacked = gguf_directory(directory)
+        if unpacked is not None:
+            return unpacked
         if directory.is_dir():
             return directory
         if directory.exists():

@@ -213,7 +213,8 @@ class Comparison:
         seen = measure(model, self.agenda.windows, self._reference(), lambda i, n: step("measuring", 0.6 + 0.4 * i / n))
         elements = sum(target.elements for target in targets)
         files = sum(file.stat().st_size for file in {info.file for info in infos.values()})
-        size = files - sum(infos[t.source.tensor].dtype.itemsize * t.elements for t in targets) + packed
+        replaced = {t.source.tensor: infos[t.source.tensor] for t in targets}.values()
+        size = files - sum(info.stored_bytes for info in replaced) + packed
         coverage = self.agenda.first.plan.coverage
         return _result(cell, seen, 8 * packed / elements, coverage, size, seconds=seconds, layers=tuple(errors))
 

@@ -103,7 +103,7 @@ def _needed(plan: Plan, cuda: bool) -> int:
     """Bytes of both models, of both batches of logits and of the distributions of a window."""
     logits = 4 * vocabulary(plan) * (2 * BATCH_TOKENS + 8 * MAX_LENGTH)
     if cuda:
-        return plan.input_bytes + plan.output_bytes + logits
+        return sum(info.bytes for info in plan.checkpoint.tensors.values()) + plan.output_bytes + logits
     return original_bytes(plan) + loaded_bytes(plan) + logits
 
 
