@@ -153,7 +153,7 @@ def test_the_shape_of_scales_gives_the_block(rows: int, columns: int, high: int,
     assert found is not None and (-(-rows // found[0]), -(-columns // found[1])) == scales
     assert block_of((rows, columns), (scales[0] + rows, scales[1]), [(high, wide)]) is None
     assert block_of((rows, columns), (), []) == (rows, columns)
-    assert block_of((7, rows, columns), (7, 1, columns), []) == (1, rows, 1 if columns > 1 else 1)
+    assert block_of((7, rows, columns), (7, 1, columns), []) == (1, rows, 1)
 
 
 def test_calibration_the_card_inspect_and_info(published: Path, tmp_path: Path) -> None:
@@ -164,7 +164,9 @@ def test_calibration_the_card_inspect_and_info(published: Path, tmp_path: Path) 
     card = (outs["model"] / "README.md").read_text()
     assert "fp8, float8 with a scale for each block of 48x32; read as floats" in card
     assert "KL divergence from the original" in card  # the original was loaded
-    assert "the original's form" in card and "the original's form" not in (outs["model-float"] / "README.md").read_text()
+    assert (
+        "the original's form" in card and "the original's form" not in (outs["model-float"] / "README.md").read_text()
+    )
     weights = [load_file(out / "model.safetensors") for out in outs.values()]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     found = [inspect_model(d, InspectSettings(rows=8)).layers for d in (published, published.with_name("model-float"))]
@@ -179,6 +181,22 @@ def test_the_original_is_loaded_as_it_is_read(published: Path) -> None:
     with torch.no_grad():
         logits = [load_model(d, device="cpu")(ids).logits for d in (published, published.with_name("model-float"))]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(("scales", "block"), [((3, 2, 3), (48, 32)), ((3, 1, 96), (64, 1)), ((3,), (64, 96))])
+def test_experts_in_one_float8_tensor(scales: tuple[int, ...], block: tuple[int, int], tmp_path: Path) -> None:
+    """As fbgemm and others keep them: a parameter [experts, rows, columns], and its scales next to it."""
+    source, name = save_llama(tmp_path / "model"), "model.layers.0.mlp.experts.down_proj"
+    weight = torch.randn(3, 64, 96).to(torch.float8_e4m3fn)
+    factors = torch.rand(scales)
+    edit(source, lambda tensors: tensors.update({name: weight, f"{name}_scale": factors}))
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": FP8, "dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(source)
+    each = factors.reshape(3, *(-(-size // length) for size, length in zip((64, 96), block)))
+    expected = torch.stack([w.float() * expanded(f, block, w.shape) for w, f in zip(weight, each)])
+    assert torch.equal(checkpoint.read(name), expected)
+    assert torch.equal(checkpoint.read_part(TensorPart(name, 2, (1, 9, 2), True)), expected[2].T[1:9:2])
 
 
 SCALE = PROJ + "_scale_inv"

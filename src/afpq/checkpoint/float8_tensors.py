@@ -22,8 +22,10 @@ from afpq.numerics.float8_decoding import decode_float8
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu)
 SCALES = ("_scale_inv", "_scale")
-# Of activations and of the cache; a parameter of experts has its own name before the first two.
-ACTIVATION_SCALES = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale", "v_scale")
+FUSED_ACTIVATION_SCALES = ("_input_scale", "_activation_scale")  # after the name of a parameter of experts
+ACTIVATION_SCALES = (
+    "input_scale", "activation_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale", "v_scale",
+)  # fmt: skip
 
 Block = tuple[int, int]
 
@@ -145,8 +147,7 @@ def _grid(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
 def _of_activations(name: str, header: Header) -> bool:
     """Whether a tensor is a scale of activations or of a cache, which play no part in the weights."""
     leaf = name.rpartition(".")[2]
-    fused = leaf.endswith(tuple(f"_{ending}" for ending in ACTIVATION_SCALES[:2]))
-    return (fused or leaf in ACTIVATION_SCALES) and math.prod(header.shape) == 1
+    return (leaf in ACTIVATION_SCALES or leaf.endswith(FUSED_ACTIVATION_SCALES)) and math.prod(header.shape) == 1
 
 
 def _kind(tensor: Float8Tensor) -> str:

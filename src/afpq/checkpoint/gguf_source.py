@@ -26,6 +26,7 @@ from afpq.errors import AfpqError
 
 SUFFIX = ".gguf"
 LINK = f"weights{SUFFIX}"  # to the file, next to what was made of its header
+_made: dict[Path, Path] = {}  # directory -> the GGUF file it was made of
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # GGUF's types that are floats as they are
 
 
@@ -47,8 +48,7 @@ def gguf_directory(path: Path) -> Path | None:
 
 def gguf_file_of(directory: Path) -> Path | None:
     """The GGUF file that `directory` was made of by `gguf_directory`; None for any other."""
-    link = directory / LINK
-    return link.resolve() if link.is_symlink() else None
+    return _made.get(directory)
 
 
 @contextmanager
@@ -65,7 +65,6 @@ def gguf_errors(file: Path) -> Iterator[None]:
         raise AfpqError(f"{file}: Transformers cannot read it: {reason[:300] or type(error).__name__}") from None
 
 
-@lru_cache
 def open_reader(file: Path) -> Any:
     """The header of a GGUF file, by the gguf package. Raises AfpqError where it is missing or refuses the file."""
     with gguf_errors(file):
@@ -101,6 +100,7 @@ def _unpacked(file: Path, size: int, changed: int) -> Path:
         if "tokenizer.ggml.tokens" in reader.fields:
             AutoTokenizer.from_pretrained(directory, gguf_file=LINK).save_pretrained(directory)
         config.to_json_file(directory / "config.json")
+    _made[directory] = file
     return directory
 
 

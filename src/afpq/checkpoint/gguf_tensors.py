@@ -127,7 +127,7 @@ def gguf_tensors(file: Path, directory: Path) -> tuple[dict[str, GgufTensor], st
     """
     reader, config = open_reader(file), AutoConfig.from_pretrained(directory)
     with gguf_errors(file):
-        conversion, shapes = _conversion(file, config)
+        conversion, shapes = _conversion(file, reader.get_field("general.architecture").contents(), config)
         for kind in {tensor.tensor_type for tensor in reader.tensors}:
             _check_decodable(file, kind)
         pieces: dict[str, list[GgufPiece]] = {}
@@ -148,7 +148,7 @@ def gguf_tensors(file: Path, directory: Path) -> tuple[dict[str, GgufTensor], st
     return tensors, _form(reader)
 
 
-def _conversion(file: Path, config: Any) -> tuple[GgufConversion, dict[str, tuple[int, ...]]]:
+def _conversion(file: Path, architecture: str, config: Any) -> tuple[GgufConversion, dict[str, tuple[int, ...]]]:
     """What converts a file's tensors, and the shapes of the model's."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -157,7 +157,6 @@ def _conversion(file: Path, config: Any) -> tuple[GgufConversion, dict[str, tupl
         load_gguf_checkpoint,
     )
 
-    architecture = open_reader(file).get_field("general.architecture").contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=load_gguf_checkpoint(file)["config"])
     with torch.device("meta"):
         model = model_class(config)._from_config(config)
@@ -180,7 +179,7 @@ def _dtype(pieces: Sequence[GgufPiece], usual: torch.dtype) -> torch.dtype:
     """A plain float's own; the config's for blocks of integers, and for pieces of several types."""
     kinds = {piece.kind.name for piece in pieces}
     named = PLAIN.get(kinds.pop()) if len(kinds) == 1 else None
-    return usual if named is None else getattr(torch, named)  # type: ignore[no-any-return]
+    return usual if named is None else getattr(torch, named)
 
 
 def _form(reader: Any) -> str:

@@ -36,6 +36,11 @@ def float_view(directory: Path, config: Mapping[str, Any], headers: Mapping[str,
     return None if found is None else float8_view(str(method), headers, found, decoded_dtype(config))
 
 
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the decoded model."""
+    return {key: value for key, value in config.items() if key != KEY}
+
+
 def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     """Raises AfpqError, with the method's name and what to do, for a config that has a quantization_config."""
     keys = config.get(KEY)

@@ -73,6 +73,8 @@ def mxfp4_view(headers: Mapping[str, Header], dtype: torch.dtype) -> FloatView:
                 f"{scales.file}: tensor {name}{SCALES} is {scales.dtype} {scales.shape}; {stored} needs uint8 "
                 f"{header.shape[:3]}"
             )
+        if name in headers:
+            raise AfpqError(f"{header.file}: tensor {stored} stands for {name}, which is there too")
         experts, rows, groups, _ = header.shape
         shape = (experts, 2 * GROUP_BYTES * groups, rows)
         tensor = Mxfp4Tensor(name, dtype, shape, header.file, scales.file, header.bytes + scales.bytes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from afpq.checkpoint.encoded import EncodedTensor, Publication
 from afpq.checkpoint.gguf_source import gguf_directory, gguf_file_of
 from afpq.checkpoint.gguf_tensors import gguf_tensors
-from afpq.checkpoint.low_precision import KEY, float_view
+from afpq.checkpoint.low_precision import float_view, without_quantization
 from afpq.errors import AfpqError
 from afpq.model.tensor_part import TensorPart
 
@@ -42,7 +42,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor, and the file it is in; of one that is decoded while it is read, what it becomes."""
+    """What a header says of a tensor, and the file it is in; of an `encoded` one, what it is decoded to."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -67,8 +67,7 @@ class TensorInfo:
 class Checkpoint:
     """A directory with config.json and safetensors; `tensors` in the order of the files.
 
-    A model that is `published` in a low precision is seen as floats: config and tensors are those of the decoded model.
-    """
+    A model `published` in a low precision is seen as floats: config and tensors are the decoded model's."""
 
     directory: Path
     config: dict[str, Any]
@@ -85,7 +84,7 @@ class Checkpoint:
             return part.of(self.read(part.tensor)).contiguous()
         info = self.tensors[part.tensor]
         if info.encoded is not None:
-            return replace(part, expert=None).of(info.encoded.read_expert(part.expert)).contiguous()
+            return replace(part, expert=None).of(info.encoded.read_expert(part.expert)).clone().contiguous()
         try:
             with safe_open(info.file, "pt") as file:
                 expert = file.get_slice(part.tensor)[part.expert]
@@ -137,9 +136,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = read_json(directory / "config.json")
     gguf = gguf_file_of(directory)
     if gguf is not None:
-        found, form = gguf_tensors(gguf, directory)
-        infos = {name: TensorInfo(each.dtype, each.shape, each.file, each) for name, each in found.items()}
-        return Checkpoint(directory, config, infos, Publication(form, gguf))
+        encoded, form = gguf_tensors(gguf, directory)
+        return Checkpoint(directory, config, dict(map(_info, encoded.items())), Publication(form, gguf))
     # Transformers takes a single file before an index; so do we, or two readers would see two models.
     if (directory / WEIGHTS).exists():
         files, weight_map = [directory / WEIGHTS], {}
@@ -167,22 +165,22 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def _as_floats(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as it is, or decoded where it is published in a low precision."""
+    """The checkpoint, decoded if it is published in a low precision."""
     view = float_view(checkpoint.directory, checkpoint.config, checkpoint.tensors)
     if view is None:
         return checkpoint
-    tensors: dict[str, TensorInfo] = {}
-    for stored, info in checkpoint.tensors.items():
-        if stored in view.encoded:
-            name, tensor = view.encoded[stored]
-            if name in checkpoint.tensors and name != stored:
-                raise AfpqError(f"{info.file}: tensor {stored} stands for {name}, which is there too")
-            tensors[name] = TensorInfo(tensor.dtype, tensor.shape, tensor.file, tensor)
-        elif stored not in view.hidden:
-            tensors[stored] = info
-    config = {key: value for key, value in checkpoint.config.items() if key != KEY}
+    tensors = dict(
+        _info(view.encoded[name]) if name in view.encoded else (name, info)
+        for name, info in checkpoint.tensors.items()
+        if name not in view.hidden
+    )
     published = Publication(view.form, checkpoint.directory) if view.encoded else None
-    return Checkpoint(checkpoint.directory, config, tensors, published)
+    return replace(checkpoint, config=without_quantization(checkpoint.config), tensors=tensors, published=published)
+
+
+def _info(named: tuple[str, EncodedTensor]) -> tuple[str, TensorInfo]:
+    name, tensor = named
+    return name, TensorInfo(tensor.dtype, tensor.shape, tensor.file, tensor)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
