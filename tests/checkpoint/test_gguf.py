@@ -22,6 +22,7 @@ from afpq.evaluation.inspect_weights import inspect_model
 from afpq.evaluation.loading import load_model, load_tokenizer
 from afpq.jobs.prepare import CalibrationSettings, prepare
 from afpq.model.quantize_in_memory import quantize_model
+from afpq.model.tensor_part import TensorPart
 from afpq.recipe import Recipe
 
 gguf = pytest.importorskip("gguf")
@@ -193,3 +194,60 @@ def test_without_the_package_one_line_names_it(no_gguf: None, source: Path, tmp_
     other.write_bytes(source.read_bytes())
     with pytest.raises(AfpqError, match=r"pip install gguf"):
         open_checkpoint(other)
+
+
+MIXTURE = {**CONFIG, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "head_dim": 16}
+MIXTURE_NAMES = {
+    **NAMES, "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}  # fmt: skip
+
+
+def write_mixture(path: Path) -> Path:
+    """A random Qwen3-MoE, whose experts' gate and up are two tensors of the file and one of the model."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_expert_feed_forward_length(768)  # Transformers does not read it; this is its default
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    for name, weight in Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE)).state_dict().items():
+        stem = name.removesuffix(".weight")
+        leaf = stem.split(".", 3)[-1]
+        parts = {OUTSIDE.get(stem) or f"blk.{stem.split('.')[2]}.{MIXTURE_NAMES.get(leaf)}": weight}
+        if leaf == "mlp.experts.gate_up_proj":
+            halves = zip(("ffn_gate_exps", "ffn_up_exps"), weight.chunk(2, 1))
+            parts = {f"blk.{stem.split('.')[2]}.{half}": tensor for half, tensor in halves}
+        for part, tensor in parts.items():
+            kind = gguf.GGMLQuantizationType["Q8_0" if tensor.ndim == 3 else "F32"]
+            data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+            writer.add_tensor(f"{part}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    source = write_mixture(tmp_path / "mixture.gguf")
+    checkpoint, expected = open_checkpoint(source), by_transformers(source).state_dict()
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, info in checkpoint.tensors.items():
+        assert torch.equal(checkpoint.read(name), expected[name].to(info.dtype)), name
+    for name in ("gate_up_proj", "down_proj"):
+        tensor = f"model.layers.1.mlp.experts.{name}"
+        assert torch.equal(checkpoint.read_part(TensorPart(tensor, 3)), checkpoint.read(tensor)[3])
+    plan = afpq.quantize(source, tmp_path / "out", SCHEME)
+    assert plan.coverage > 0.999 and len(plan.block_targets) == 2 * (4 + 3 * 4)  # all but the routers
+    assert torch.isfinite(logits(load_model(tmp_path / "out", device="cpu"))).all()
