@@ -122,12 +122,12 @@ def _described(
 
 def block_of(shape: tuple[int, ...], scale: tuple[int, ...], blocks: Sequence[Block]) -> tuple[int, ...] | None:
     """Weights of one scale along each dimension of a tensor of 2 or 3; None where the scales' shape fits nothing."""
-    if math.prod(scale) == 1:
-        return tuple(max(size, 1) for size in shape)
     for block in blocks:
         full = (*_ones(shape), *block)
         if scale == _grid(shape, full):
             return full
+    if math.prod(scale) == 1:
+        return tuple(max(size, 1) for size in shape)
     if len(scale) == 1:  # one for each output of a matrix, or for each expert
         scale = (*scale, *(1 for _ in shape[1:]))
     if len(scale) != len(shape) or any(count not in (1, size) for count, size in zip(scale, shape)):
