@@ -20,7 +20,8 @@ SOURCE = TESTS.parent / "src" / "afpq"
 MAX_IN_ROOT = 8
 
 OPTIONAL = {
-    "matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao", "accelerate",
+    "matplotlib", "datasets", "peft", "vllm", "triton", "lm_eval", "bitsandbytes", "hqq", "torchao",
+    "accelerate", "gguf",
 }  # fmt: skip
 BEHIND = {
     "kernels.triton_kernels": {"triton"},

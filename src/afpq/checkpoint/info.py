@@ -38,7 +38,8 @@ class ModelInfo:
     `bits_per_weight` is over the blocks' quantized weights with their scales and zero points, or over all tensors of a
     model that is not quantized; `file_bits_per_weight` over everything stored. `coverage` is the quantized share of the
     blocks' weights, `left` the others: tensor's name with numbers as `*` -> number of weights. `ends` are the quantized
-    head and embedding (a tied pair once, as the embedding); `layers` has them too.
+    head and embedding (a tied pair once, as the embedding); `layers` has them too. `published` is the form of an
+    original of low precision, such as fp8.
     """
 
     bits_per_weight: float
@@ -51,6 +52,7 @@ class ModelInfo:
     quantization_config: dict[str, Any] | None
     file_bits_per_weight: float = 0.0
     ends: tuple[str, ...] = ()
+    published: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +80,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     total = quantized + sum(info.elements for info in plain.values())
     formats = [layer.scheme.format for layer in found]
     books = sum(format.codebook_bytes for format in formats) - repeated_codebook_bytes(formats)
-    every = Size(sum(parts.values()) + sum(info.bytes for info in plain.values()) + books, total)
+    every = Size(sum(parts.values()) + sum(info.stored_bytes for info in plain.values()) + books, total)
     again = repeated_codebook_bytes(layer.scheme.format for layer in inside)
     blocks = sum((layer.size for layer in inside), Size(-again, 0))
     covered = sum(layer.elements for layer in found if not layer.end)
@@ -94,6 +96,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
         quantization_config=keys,
         file_bits_per_weight=every.bits,
         ends=ends,
+        published=None if checkpoint.published is None else checkpoint.published.form,
     )
 
 

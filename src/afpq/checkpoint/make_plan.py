@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from afpq.checkpoint.locate import TensorLookup
+from afpq.checkpoint.low_precision import refuse_quantized
 from afpq.checkpoint.plan import HEAD, OUTSIDE, KeptPart, Plan, PlanUnit, Target
 from afpq.checkpoint.reader import FLOATS, Checkpoint
 from afpq.errors import AfpqError
@@ -28,13 +29,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     Raises AfpqError for a checkpoint that is quantized already, lacks a weight, or holds one of another shape or dtype
     than the model's, and if nothing is left to quantize.
     """
-    done = checkpoint.config.get("quantization_config")
-    if done:
-        method = done.get("quant_method") if isinstance(done, dict) else done
-        hint = ", or keep these weights with afpq import" if method == "bitsandbytes" else ""
-        raise AfpqError(
-            f"{checkpoint.directory}: already quantized ({str(method)[:80]}); give the original model{hint}"
-        )
+    refuse_quantized(checkpoint.directory, checkpoint.config)
     located, experts = TensorLookup(checkpoint.tensors, model, model.state_dict()), find_experts(model)
     names = _tensor_names(checkpoint, model, located, experts)
     recipe, ends = settle_recipe(model, recipe, located.hold_different_values)

@@ -146,7 +146,7 @@ class Plan:
 
     @property
     def input_bytes(self) -> int:
-        return sum(info.bytes for info in self.checkpoint.tensors.values())
+        return sum(info.stored_bytes for info in self.checkpoint.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:

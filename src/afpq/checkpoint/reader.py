@@ -16,6 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from afpq.checkpoint.encoded import EncodedTensor, Publication
+from afpq.checkpoint.gguf_source import gguf_directory, gguf_file_of
+from afpq.checkpoint.gguf_tensors import gguf_tensors
+from afpq.checkpoint.low_precision import float_view, without_quantization
 from afpq.errors import AfpqError
 from afpq.model.tensor_part import TensorPart
 
@@ -38,15 +42,21 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's dtype and shape, from the header of its file."""
+    """A tensor's dtype and shape, from the header of its file; of an `encoded` one those it is decoded to."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
+    encoded: EncodedTensor | None = None
 
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * self.elements
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file; `bytes` are those in memory."""
+        return self.bytes if self.encoded is None else self.encoded.stored_bytes
 
     @property
     def elements(self) -> int:
@@ -55,11 +65,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with config.json and safetensors; `tensors` in the order of the files."""
+    """A directory with config.json and safetensors; `tensors` in the order of the files.
+
+    A model `published` in a low precision is seen as floats: config and tensors are the decoded model's."""
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    published: Publication | None = None
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into its own memory: no file stays mapped. Raises AfpqError if the file cannot be read."""
@@ -70,6 +83,8 @@ class Checkpoint:
         if part.expert is None:
             return part.of(self.read(part.tensor)).contiguous()
         info = self.tensors[part.tensor]
+        if info.encoded is not None:
+            return replace(part, expert=None).of(info.encoded.read_expert(part.expert)).clone().contiguous()
         try:
             with safe_open(info.file, "pt") as file:
                 expert = file.get_slice(part.tensor)[part.expert]
@@ -82,6 +97,8 @@ class Checkpoint:
         if part != TensorPart(part.tensor):
             return self.read_part(part)[list(rows)]
         info = self.tensors[part.tensor]
+        if info.encoded is not None:
+            return info.encoded.read_rows(rows)
         try:
             with safe_open(info.file, "pt") as file:
                 matrix = file.get_slice(part.tensor)
@@ -100,6 +117,8 @@ class Checkpoint:
 
 def read_tensor(info: TensorInfo, name: str) -> Tensor:
     """Read one tensor into its own memory. Raises AfpqError if the file cannot be read."""
+    if info.encoded is not None:
+        return info.encoded.read()
     try:
         with safe_open(info.file, "pt") as file:
             return file.get_tensor(name).clone()  # type: ignore[no-any-return]
@@ -111,10 +130,15 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a directory, or a repository on the hub by its id (downloaded to the cache).
 
     Reads headers only. Raises AfpqError, naming the file, for a missing or truncated shard, a missing config, an index
-    that leads out of the directory, a tensor that two files hold, or weights that are not safetensors.
+    that leads out of the directory, a tensor that two files hold, or weights that are not safetensors. Models published
+    in fp8 or MXFP4, and GGUF files, are read as floats; scales that do not fit are an AfpqError too.
     """
     directory = _locate(model)
     config = read_json(directory / "config.json")
+    gguf = gguf_file_of(directory)
+    if gguf is not None:
+        encoded, form = gguf_tensors(gguf, directory)
+        return Checkpoint(directory, config, dict(map(_info, encoded.items())), Publication(form, gguf))
     # Transformers prefers a single file to an index; so do we, or two readers would see two models.
     if (directory / WEIGHTS).exists():
         files, weight_map = [directory / WEIGHTS], {}
@@ -138,7 +162,26 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     missing = next((name for name in weight_map if name not in tensors), None)
     if missing is not None:
         raise AfpqError(f"{directory / weight_map[missing]}: tensor {missing} is listed in {INDEX} but not there")
-    return Checkpoint(directory, config, tensors)
+    return _as_floats(Checkpoint(directory, config, tensors))
+
+
+def _as_floats(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, decoded if it is published in a low precision."""
+    view = float_view(checkpoint.directory, checkpoint.config, checkpoint.tensors)
+    if view is None:
+        return checkpoint
+    tensors = dict(
+        _info(view.encoded[name]) if name in view.encoded else (name, info)
+        for name, info in checkpoint.tensors.items()
+        if name not in view.hidden
+    )
+    published = Publication(view.form, checkpoint.directory) if view.encoded else None
+    return replace(checkpoint, config=without_quantization(checkpoint.config), tensors=tensors, published=published)
+
+
+def _info(named: tuple[str, EncodedTensor]) -> tuple[str, TensorInfo]:
+    name, tensor = named
+    return name, TensorInfo(tensor.dtype, tensor.shape, tensor.file, tensor)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -157,6 +200,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _locate(model: str | Path) -> Path:
     directory = Path(model)
     try:
+        unpacked = gguf_directory(directory)
+        if unpacked is not None:
+            return unpacked
         if directory.is_dir():
             return directory
         if directory.exists():

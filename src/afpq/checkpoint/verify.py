@@ -19,7 +19,8 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     """Return a digest of a checkpoint's path, files (name, size, time) and config."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return digest_value([str(checkpoint.directory.resolve()), stats, checkpoint.config])
+    place = checkpoint.directory if checkpoint.published is None else checkpoint.published.place
+    return digest_value([str(place.resolve()), stats, checkpoint.config])
 
 
 def digest(tensor: Tensor) -> str:

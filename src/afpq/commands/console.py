@@ -45,6 +45,8 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
         f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
         f"{100 * plan.coverage:.1f} % of the blocks' weights quantized",
     )
+    if plan.checkpoint.published is not None:
+        console.print(f"the original is published as {plan.checkpoint.published.form}; read as floats")
     if job.choice is not None:
         print_choice(job.choice, plan)
     for target in plan.end_targets:
@@ -146,6 +148,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "file_bits_per_weight": plan.file_bits_per_weight,
         "output_bytes": plan.output_bytes,
         "input_bytes": plan.input_bytes,
+        **({} if plan.checkpoint.published is None else {"published": plan.checkpoint.published.form}),
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
         "kept": list(plan.kept),
     }

@@ -127,6 +127,8 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
         result = model_info(model, trust_remote_code)
     keys = result.quantization_config
     console.print(f"model           {model}")
+    if result.published is not None:
+        console.print(f"published as    {result.published}")
     if keys is None:
         console.print("scheme          not quantized")
     else:

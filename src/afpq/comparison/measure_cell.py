@@ -114,7 +114,8 @@ class Meter:
         seconds = time.perf_counter() - start
         scores = self._scores(model, step)
         files = sum(file.stat().st_size for file in {info.file for info in infos.values()})
-        size = files - sum(infos[t.source.tensor].dtype.itemsize * t.elements for t in targets) + stored.bytes
+        replaced = {t.source.tensor: infos[t.source.tensor] for t in targets}.values()
+        size = files - sum(info.stored_bytes for info in replaced) + stored.bytes
         return _result(cell, scores, stored.bits, plan.coverage, size, seconds=seconds, layers=tuple(errors))
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from afpq.checkpoint.quantization_config import QUANT_METHOD
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.errors import AfpqError
+from afpq.evaluation.decoded_weights import decoded_weights
 from afpq.evaluation.devices import find_device
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
 from afpq.model.skeleton import model_class, read_config
@@ -52,10 +53,13 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
         if not isinstance(method, str) or method not in AUTO_QUANTIZER_MAPPING:
             raise AfpqError(f"{model}: quantized by {str(method)[:80]!r}, which Transformers cannot load here")
     config = read_config(directory, trust_remote_code)
+    place_or_weights: dict[str, Any] = {"pretrained_model_name_or_path": directory}
+    if checkpoint.published is not None:
+        place_or_weights = decoded_weights(checkpoint, config, torch.float32 if place.type == "cpu" else None)
     loaded, report = _guarded(
         model,
         lambda: model_class(config, trust_remote_code).from_pretrained(
-            directory,
+            **place_or_weights,
             dtype=torch.float32 if place.type == "cpu" else "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,

@@ -104,7 +104,7 @@ def _needed(plan: Plan, cuda: bool) -> int:
     """Estimate the bytes of both models, of both batches of logits and of the distributions of a window."""
     logits = 4 * vocabulary(plan) * (2 * LOGITS_BATCH_TOKENS + 8 * MAX_LENGTH)
     if cuda:
-        return plan.input_bytes + plan.output_bytes + logits
+        return sum(info.bytes for info in plan.checkpoint.tensors.values()) + plan.output_bytes + logits
     return original_bytes(plan) + loaded_bytes(plan) + logits
 
 

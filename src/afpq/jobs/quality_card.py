@@ -66,17 +66,17 @@ def card_text(card: Card, picture: bool) -> str:
 def _front_matter(card: Card) -> str:
     scheme = card.plan.recipe.scheme
     tags = ["afpq", "quantized", f"{scheme.format.bits}-bit", scheme.format.name, card.plan.recipe.method]
-    return front_matter(None if Path(card.model).is_dir() else card.model, tags, card.plan.checkpoint.directory)
+    return front_matter(None if Path(card.model).exists() else card.model, tags, card.plan.checkpoint.directory)
 
 
 def _name(card: Card) -> str:
     path = Path(card.model)
-    return path.resolve().name if path.is_dir() else card.model
+    return path.resolve().name if path.exists() else card.model
 
 
 def _summary(card: Card) -> str:
     name = f"`{_name(card)}`"
-    link = name if Path(card.model).is_dir() else f"[{card.model}](https://huggingface.co/{card.model})"
+    link = name if Path(card.model).exists() else f"[{card.model}](https://huggingface.co/{card.model})"
     bits = f"{card.plan.recipe.scheme.format.bits} bits" if card.choice is None else _mean_bits(card)
     return f"{link} with its weights in {bits}, quantized by afpq ([asymmetric floating point]({PAPER}))."
 
@@ -90,6 +90,7 @@ def _facts(card: Card) -> str:
     warning = coverage_warning(plan.coverage, plan.left)
     which = "scheme" if card.choice is None else "scheme of most weights"
     others = sorted({str(t.scheme) for t in plan.block_targets} - {str(scheme)})
+    published = plan.checkpoint.published
     rows = [
         (which, f"{scheme}: {scheme.format.bits}-bit {scheme.format.name}, {scales} of each {group}"),
         *([("some layers", ", ".join(others))] if others and card.choice is None else []),
@@ -103,6 +104,7 @@ def _facts(card: Card) -> str:
         ),
         ("bits per weight of all", f"{plan.file_bits_per_weight:.3f}, with what is left as it was"),
         ("size", f"{size_text(plan.output_bytes)} (the original: {size_text(plan.input_bytes)})"),
+        *([("the original's form", f"{published.form}; read as floats")] if published is not None else []),
         ("left as it was", _left(plan)),
     ]  # fmt: skip
     facts = table(("", ""), rows)
