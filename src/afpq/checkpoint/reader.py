@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from afpq.checkpoint.unaware_loaders import GUARD_KEY, is_guard
 from afpq.errors import AfpqError
 from afpq.model.tensor_part import TensorPart
 
@@ -124,8 +125,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         pickles = sorted(path.name for kind in PICKLES for path in directory.glob(f"*.{kind}"))
         beside = f" ({pickles[0][:80]} was not opened: a pickle can run code)" if pickles else ""
         raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read{beside}")
-    other = config.get("transformers_weights")
-    if other is not None and other != (INDEX if weight_map else WEIGHTS):
+    other = config.get(GUARD_KEY)
+    if other is not None and not is_guard(other) and other != (INDEX if weight_map else WEIGHTS):
         raise AfpqError(f"{directory / 'config.json'}: transformers_weights is {str(other)[:80]!r}; remove it")
     tensors: dict[str, TensorInfo] = {}
     for file in files:

@@ -29,7 +29,9 @@ from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
+from afpq.checkpoint.unaware_loaders import lift_guard
 from afpq.errors import AfpqError
+from afpq.integrations.guarded_saves import wrap_save
 from afpq.integrations.hub import wrap_upload
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
@@ -111,6 +113,15 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Nothing to check: the plain-torch kernels run everywhere."""
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The hook (since Transformers 5.18) that gets the config before the weights' files are looked for."""
+        lift_guard(config)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same hook up to Transformers 5.20."""
+        return self.update_attn_implementation(super().update_tp_plan(config))
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -285,6 +296,7 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration rai
     register_quantization_config(QUANT_METHOD)(AfpqConfig)
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
     wrap_upload()
+    wrap_save()
     # Methods whose config may be given beside a saved one. There is no hook for it; the first 5.x have no list either
     # and warn that they keep to the saved config.
     if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):

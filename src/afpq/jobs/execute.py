@@ -21,6 +21,7 @@ from afpq.checkpoint.atomic_files import write_json, write_whole
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.quantization_config import config_to_json
 from afpq.checkpoint.reader import open_checkpoint
+from afpq.checkpoint.unaware_loaders import guarded
 from afpq.checkpoint.verify import check_tensors, digest
 from afpq.checkpoint.work_directory import WorkDirectory, work_directory
 from afpq.checkpoint.writer import ShardWriter
@@ -224,7 +225,7 @@ def _config(job: Job, plan: Plan, ended: EndPass | None) -> dict[str, Any]:
     if ended is not None:
         keys["end_pass"] = ended.to_json()
     keys["made_by"] = f"afpq {__version__}"
-    return {**job.plan.checkpoint.config, "quantization_config": keys}
+    return guarded({**job.plan.checkpoint.config, "quantization_config": keys})
 
 
 def _calibration(job: Job, ended: EndPass | None) -> str | None:

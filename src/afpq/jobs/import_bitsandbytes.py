@@ -19,6 +19,7 @@ from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.quantization_config import config_to_json
 from afpq.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from afpq.checkpoint.unaware_loaders import guarded
 from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
 from afpq.jobs.bitsandbytes_format import BnbWeight, find_weights, fits_float16, read_absmax, read_format, read_weight
@@ -96,7 +97,7 @@ def import_model(
         input_bytes=sum(info.bytes for info in checkpoint.tensors.values()),
         output_bytes=plan.output_bytes,
     )
-    config = {**plan.checkpoint.config, "quantization_config": _config(plan, weights)}
+    config = guarded({**plan.checkpoint.config, "quantization_config": _config(plan, weights)})
     job = Rewrite(plan.checkpoint, plan.outputs(), config, _card(str(model), plan, result))
     told = rewrite(
         job,
