@@ -18,6 +18,7 @@ from torch import Tensor
 from afpq.calibration.calibrated_run import CalibrationRun, run_calibrated
 from afpq.calibration.round_units import UnitResult, run
 from afpq.checkpoint.atomic_files import write_json, write_whole
+from afpq.checkpoint.checksums import write_checksums
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.quantization_config import config_to_json
 from afpq.checkpoint.reader import open_checkpoint
@@ -169,6 +170,7 @@ def _complete(job: Job, work: WorkDirectory, progress: Progress | None) -> Outco
     with work.as_published(config) as directory:
         written = open_checkpoint(directory)
         check_tensors(written, plan.outputs(), work.digests)
+        write_checksums(work.path, plan.outputs(), work.digests, config)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
