@@ -33,6 +33,7 @@ from afpq.checkpoint.unaware_loaders import lift_guard
 from afpq.errors import AfpqError
 from afpq.integrations.guarded_saves import wrap_save
 from afpq.integrations.hub import wrap_upload
+from afpq.integrations.missing_tensors import absent_tensors, check_missing, new_linears
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
@@ -128,6 +129,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         self.failures: list[AfpqError] = []
         self.merges: list[ExpertMerge] = []
+        self.absent: list[str] = []  # tensors that are not in the headers under their names
         if self.quantization_config.dequantize and not self.pre_quantized:
             raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
@@ -139,6 +141,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # for the card to push
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = TensorLookup(headers, model)
+        if self.pre_quantized and headers and (new := new_linears(model, located)):
+            kept = self.quantization_config.modules_to_not_convert = sorted({*kept, *new})
         recipe, ends = self._settle(model, recipe, located)
         schemes = ends.schemes(recipe)
 
@@ -162,6 +166,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             if checkpoint_files is not None:
                 check_headers(model, located)
+                self.absent = absent_tensors(model, located)
         else:
             rest = {name for name, _ in convertible(model)}
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
@@ -176,6 +181,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
+        check_missing(model, self.absent)
         for name, module in model.named_modules():
             left = next((p for p in module._parameters if waits_to_be_quantized(module, p)), None)
             if left is not None:

@@ -32,6 +32,7 @@ from afpq.evaluation.memory import available_device_memory, available_memory
 from afpq.jobs.bit_budget import SENSITIVITIES
 from afpq.jobs.card_sample import CardFigures, measure_card_text
 from afpq.jobs.end_pass import EndPass, end_pass_bytes, run_end_pass, vector_places
+from afpq.jobs.finite_values import check_kept
 from afpq.jobs.prepare import Job, Progress
 from afpq.jobs.quality_card import Card, write_card
 from afpq.jobs.selftest import check_reloaded
@@ -60,6 +61,7 @@ def execute(job: Job, out: Path, *, resume: bool = True, progress: Progress | No
 
     The result gets its name once it has passed the self-test and has its card. Raises AfpqError where it does not pass.
     """
+    check_kept(job.plan, job.model)
     with work_directory(out, job.plan.output_bytes, job.fingerprint(), resume) as work:
         if job.plan.recipe.end_pass and END_PASS not in work.finished:
             _check_memory(job)

@@ -24,6 +24,7 @@ from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
 from afpq.jobs.bitsandbytes_format import BnbWeight, find_weights, fits_float16, read_absmax, read_format, read_weight
 from afpq.jobs.conversion_card import Provenance, provenance_card
+from afpq.jobs.finite_values import check_kept
 from afpq.jobs.rewrite import Progress, Rewrite, rewrite
 from afpq.jobs.selftest import check_reloaded
 from afpq.model.blocks import TransposedLinear
@@ -84,6 +85,7 @@ def import_model(
     fitting = {name: _scheme(checkpoint, weight, None) for name, weight in weights.items()}
     chosen = {name: _scheme(checkpoint, weight, scale_dtype) for name, weight in weights.items()}
     plan = _plan(checkpoint, skeleton, weights, chosen)
+    check_kept(plan, skeleton)
     elements = sum(weight.elements for weight in weights.values())
     before = sum(checkpoint.tensors[part].bytes for weight in weights.values() for part in weight.parts)
     result = Imported(

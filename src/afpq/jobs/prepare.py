@@ -26,6 +26,7 @@ from afpq.evaluation.loading import load_tokenizer, require_next_token, window_l
 from afpq.evaluation.text import sample_windows, tokenize
 from afpq.jobs.bit_budget import Budget, Choice, settle_budget, with_choice
 from afpq.jobs.card_sample import CardText, WindowDraw, card_text_of, unused_card_text
+from afpq.jobs.finite_values import check_kept
 from afpq.model.skeleton import build_skeleton
 from afpq.recipe import METHODS, Recipe
 from afpq.version import __version__
@@ -157,6 +158,7 @@ def prepare(
     elif measured and text is not None:
         sample = card_text_of(tokens(text), length, f"{names[0]}, which played no part in quantizing")
     if budget is not None and windows is not None:
+        check_kept(plan, skeleton)
         choice = settle_budget(plan, skeleton, budget, settings.measuring(windows, recipe), sensitivities, progress)
         plan = make_plan(checkpoint, skeleton, with_choice(recipe, choice, plan, skeleton))
     windows = windows if calibrated or recipe.end_pass else None
