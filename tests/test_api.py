@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme, quantize
+from afpq.checkpoint.checksums import CHECKSUMS
 from afpq.checkpoint.reader import CARD, WEIGHTS
+from afpq.checkpoint.unaware_loaders import GUARD, GUARD_KEY
 from afpq.jobs.finish_directory import LOG_NAME
 from afpq.jobs.prepare import prepare
 from afpq.jobs.quality_card import PICTURE
@@ -102,7 +104,7 @@ def test_the_directory_is_complete(tiny_copy: Path, tmp_path: Path) -> None:
     quantize(tiny_copy, tmp_path / "out", "nf4-asym-g64")
     for name in set(before) - {WEIGHTS, "config.json"}:
         assert (tmp_path / "out" / name).read_bytes() == before[name]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, LOG_NAME, CARD, PICTURE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, LOG_NAME, CARD, PICTURE, CHECKSUMS}
     assert {path.name: path.read_bytes() for path in tiny_copy.iterdir() if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -111,7 +113,7 @@ def test_the_config_tells_the_recipe_and_keeps_the_rest(tiny_model_dir: Path, tm
     quantize(tiny_model_dir, tmp_path / "out", "nf3-asym-g64")
     before, after = (json.loads((d / "config.json").read_text()) for d in (tiny_model_dir, tmp_path / "out"))
     keys = after.pop("quantization_config")
-    assert after == before
+    assert after.pop(GUARD_KEY) == GUARD and after == before
     expected = {"quant_method": "afpq", "version": 1, "bits": 3, "format": "nf3", "group_size": 64, "sym": False}
     assert expected.items() <= keys.items()
     assert (keys["method"], keys["modules_to_not_convert"]) == ("rtn", ["lm_head"])

@@ -11,13 +11,13 @@ from typing import NoReturn
 
 import typer
 
-from afpq.commands import compare, evaluate, inspect, quantize
+from afpq.commands import compare, evaluate, inspect, quantize, verify_files
 from afpq.commands import export_import as exchange
 from afpq.commands.console import errors
 from afpq.commands.options import app
 from afpq.errors import AfpqError
 
-COMMANDS = (quantize, inspect, evaluate, compare, exchange)  # importing them registers their commands
+COMMANDS = (quantize, inspect, evaluate, compare, exchange, verify_files)  # importing them registers their commands
 
 
 class _Stop:

@@ -409,7 +409,12 @@ def test_oldest_supported_transformers(version: str) -> None:
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
     assert python("-c", "import transformers; print(transformers.__version__)").stdout.strip() == version
-    names = ("integrations/test_transformers.py", "model/test_dequantize.py", "test_families.py")
+    names = (
+        "integrations/test_transformers.py",
+        "integrations/test_guarded_saves.py",
+        "model/test_dequantize.py",
+        "test_families.py",
+    )
     files = (str(REPOSITORY / "tests" / name) for name in names)
     done = python("-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

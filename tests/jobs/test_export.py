@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afpq
 from afpq import AfpqConfig, AfpqError, export, parse_scheme, quantize
+from afpq.checkpoint.checksums import CHECKSUMS
 from afpq.checkpoint.quantized_layers import quantized_layers
 from afpq.checkpoint.reader import CARD, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from afpq.checkpoint.writer import ShardWriter
@@ -168,7 +169,7 @@ def test_companions_and_card(broken: Path, tmp_path: Path) -> None:
     export(broken, tmp_path / "out", "bf16")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "config.json", WEIGHTS, CARD, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "config.json", WEIGHTS, CARD, CHECKSUMS, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja",
     }  # fmt: skip
     AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -20,6 +20,7 @@ from afpq.checkpoint.encoded import EncodedTensor, Publication
 from afpq.checkpoint.gguf_source import gguf_directory, gguf_file_of
 from afpq.checkpoint.gguf_tensors import gguf_tensors
 from afpq.checkpoint.low_precision import float_view, without_quantization
+from afpq.checkpoint.unaware_loaders import GUARD_KEY, is_guard
 from afpq.errors import AfpqError
 from afpq.model.tensor_part import TensorPart
 
@@ -149,8 +150,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         pickles = sorted(path.name for kind in PICKLES for path in directory.glob(f"*.{kind}"))
         hint = f" ({pickles[0][:80]} was not opened: a pickle can run code)" if pickles else ""
         raise AfpqError(f"{directory}: no {WEIGHTS} and no {INDEX}; only safetensors checkpoints can be read{hint}")
-    other = config.get("transformers_weights")
-    if other is not None and other != (INDEX if weight_map else WEIGHTS):
+    other = config.get(GUARD_KEY)
+    if other is not None and not is_guard(other) and other != (INDEX if weight_map else WEIGHTS):
         raise AfpqError(f"{directory / 'config.json'}: transformers_weights is {str(other)[:80]!r}; remove it")
     tensors: dict[str, TensorInfo] = {}
     for file in files:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from afpq.checkpoint.card_header import LOAD, PAPER, card_metadata, front_matter
 from afpq.checkpoint.quantization_config import QUANT_METHOD
 from afpq.checkpoint.reader import CARD
+from afpq.integrations.guarded_saves import guard_saved
 from afpq.version import __version__
 
 GENERATED = "This model card has been automatically generated."  # in the card that Transformers writes
@@ -35,6 +36,7 @@ def wrap_upload() -> None:
     def with_card(self: PreTrainedModel, working_dir: Any, *arguments: Any, **options: Any) -> Any:
         if getattr(self, "hf_quantizer", None) is not None and self.quantization_method == QUANT_METHOD:
             _put_card(self, Path(working_dir))
+            guard_saved(Path(working_dir))  # `save_pretrained(push_to_hub=True)` uploads before it returns
         return upload(self, working_dir, *arguments, **options)
 
     PreTrainedModel._upload_modified_files = with_card

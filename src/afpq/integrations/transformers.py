@@ -27,8 +27,11 @@ from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
+from afpq.checkpoint.unaware_loaders import lift_guard
 from afpq.errors import AfpqError
+from afpq.integrations.guarded_saves import wrap_save
 from afpq.integrations.hub import wrap_upload
+from afpq.integrations.missing_tensors import absent_tensors, check_missing, new_linears
 from afpq.integrations.quantize_loaded import QuantizeLoaded
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
@@ -109,11 +112,21 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Check nothing: the plain-torch kernels run everywhere."""
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The hook (since Transformers 5.18) that gets the config before the weights' files are looked for."""
+        lift_guard(config)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same hook up to Transformers 5.20."""
+        return self.update_attn_implementation(super().update_tp_plan(config))
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self.failures: list[AfpqError] = []
         self.merges: list[ExpertMerge] = []
+        self.absent: list[str] = []  # tensors that are not in the headers under their names
         if self.quantization_config.dequantize and not self.pre_quantized:
             raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
@@ -125,6 +138,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # with the card to upload
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = TensorLookup(headers, model)
+        if self.pre_quantized and headers and (new := new_linears(model, located)):
+            kept = self.quantization_config.modules_to_not_convert = sorted({*kept, *new})
         recipe, ends = self._settle(model, recipe, located)
         schemes = ends.schemes(recipe)
 
@@ -148,6 +163,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             if checkpoint_files is not None:
                 check_headers(model, located)
+                self.absent = absent_tensors(model, located)
         else:
             rest = {name for name, _ in convertible(model)}
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
@@ -162,6 +178,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
+        check_missing(model, self.absent)
         for name, module in model.named_modules():
             left = next((p for p in module._parameters if is_loading_slot(module, p)), None)
             if left is not None:
@@ -228,6 +245,7 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration rai
     register_quantization_config(QUANT_METHOD)(AfpqConfig)
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
     wrap_upload()
+    wrap_save()
     # Methods whose config may be given in addition to a saved one. There is no hook for it; the first 5.x have no list
     # either, and warn that they use the saved config.
     if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from afpq.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
 from afpq.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
+from afpq.checkpoint.unaware_loaders import unguarded
 from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
 from afpq.jobs.conversion_card import Provenance, provenance_card, scheme_text
@@ -94,7 +95,7 @@ def export(
         sum(map(spec_bytes, outputs.values())),
         kept,
     )
-    config = _plain_config(checkpoint.config, _text(target))
+    config = _plain_config(unguarded(checkpoint.config), _text(target))
     job = Rewrite(checkpoint, outputs, config, _card(str(model), checkpoint, result))
     rewrite(job, Path(out), _tensors(checkpoint, packed, outputs), progress)
     return result

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.atomic_files import write_json, write_whole
+from afpq.checkpoint.checksums import write_checksums
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.quantization_config import config_to_json
 from afpq.checkpoint.reader import open_checkpoint
+from afpq.checkpoint.unaware_loaders import guarded
 from afpq.checkpoint.verify import check_tensors, digest
 from afpq.checkpoint.work_directory import WorkDirectory
 from afpq.checkpoint.writer import ShardWriter
@@ -145,6 +147,7 @@ def finish_directory(job: Job, work: WorkDirectory, progress: Progress | None) -
     with work.as_published(config) as directory:
         written = open_checkpoint(directory)
         check_tensors(written, plan.outputs(), work.digests)
+        write_checksums(work.path, plan.outputs(), work.digests, config)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
         tested = check_reloaded(written, plan, job.model, trust)
         measured = _measured(job, directory, progress)
@@ -206,7 +209,7 @@ def _config(job: Job, plan: Plan, ended: EndPass | None) -> dict[str, Any]:
     if ended is not None:
         keys["end_pass"] = ended.to_json()
     keys["made_by"] = f"afpq {__version__}"
-    return {**job.plan.checkpoint.config, "quantization_config": keys}
+    return guarded({**job.plan.checkpoint.config, "quantization_config": keys})
 
 
 def _calibration(job: Job, ended: EndPass | None) -> str | None:

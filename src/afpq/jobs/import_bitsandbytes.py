@@ -19,10 +19,12 @@ from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.quantization_config import config_to_json
 from afpq.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from afpq.checkpoint.unaware_loaders import guarded
 from afpq.errors import AfpqError
 from afpq.evaluation.tables import size_text
 from afpq.jobs.bitsandbytes_format import BnbWeight, find_weights, fits_float16, read_absmax, read_format, read_weight
 from afpq.jobs.conversion_card import Provenance, provenance_card
+from afpq.jobs.finite_values import check_kept
 from afpq.jobs.rewrite import Rewrite, rewrite
 from afpq.jobs.selftest import check_reloaded
 from afpq.model.blocks import TransposedLinear
@@ -85,6 +87,7 @@ def import_model(
     fitting = {name: _scheme(checkpoint, weight, None) for name, weight in weights.items()}
     chosen = {name: _scheme(checkpoint, weight, scale_dtype) for name, weight in weights.items()}
     plan = _plan(checkpoint, skeleton, weights, chosen)
+    check_kept(plan, skeleton)
     elements = sum(weight.elements for weight in weights.values())
     before = sum(checkpoint.tensors[part].bytes for weight in weights.values() for part in weight.parts)
     result = Imported(
@@ -98,7 +101,7 @@ def import_model(
         input_bytes=sum(info.bytes for info in checkpoint.tensors.values()),
         output_bytes=plan.output_bytes,
     )
-    config = {**plan.checkpoint.config, "quantization_config": _config(plan, weights)}
+    config = guarded({**plan.checkpoint.config, "quantization_config": _config(plan, weights)})
     job = Rewrite(plan.checkpoint, plan.outputs(), config, _card(str(model), plan, result))
     self_test = rewrite(
         job,

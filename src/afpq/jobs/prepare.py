@@ -28,6 +28,7 @@ from afpq.evaluation.text import sample_windows, tokenize
 from afpq.jobs.bit_budget import Budget, Choice, settle_budget
 from afpq.jobs.card_sample import CardText, WindowDraw, card_text_of, unused_card_text
 from afpq.jobs.chosen_overrides import with_choice
+from afpq.jobs.finite_values import check_kept
 from afpq.model.skeleton import build_skeleton
 from afpq.progress import Progress
 from afpq.recipe import Recipe
@@ -177,6 +178,7 @@ def prepare(
     sample, choice = _card_text(reader, texts, drawn), None
     if search is not None and windows is not None:
         how = settings.measuring(windows, recipe)
+        check_kept(plan, skeleton)
         choice = settle_budget(plan, skeleton, search.budget, how, search.file, progress)
         plan = make_plan(checkpoint, skeleton, with_choice(recipe, choice, plan, skeleton))
     windows = windows if calibrated or recipe.end_pass else None

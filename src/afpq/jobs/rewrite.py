@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from afpq.checkpoint.atomic_files import write_json
+from afpq.checkpoint.checksums import write_checksums
 from afpq.checkpoint.reader import CARD, Checkpoint, open_checkpoint
 from afpq.checkpoint.verify import check_tensors, digest
 from afpq.checkpoint.work_directory import work_directory
@@ -63,6 +64,7 @@ def rewrite(
         with work.as_published(job.config) as directory:
             written = open_checkpoint(directory)
             check_tensors(written, job.outputs, digests)
+            write_checksums(work.path, job.outputs, digests, job.config)
             verdict = "" if check is None else check(written)
         write_json(work.path / "config.json", job.config)
     return verdict
