@@ -18,6 +18,21 @@
 
 using namespace afpq;
 
+// The linker sends allocations of the kernels here (--wrap=aligned_alloc): after `before_failure` of them one fails.
+static int64_t before_failure = INT64_MAX;
+extern "C" void *__real_aligned_alloc(size_t alignment, size_t size);
+extern "C" void *__wrap_aligned_alloc(size_t alignment, size_t size) {
+    if (before_failure != INT64_MAX && before_failure-- == 0) return nullptr;
+    return __real_aligned_alloc(alignment, size);
+}
+
+extern "C" { // of csrc/afpq.cpp
+int afpq_select(const char *name);
+int64_t afpq_weight_bytes();
+int afpq_linear(const Weight *, const void *x, int32_t kind, int64_t tokens, const void *bias, void *y, int32_t int8);
+int afpq_dequantize(const Weight *, int64_t begin, int64_t end, int32_t kind, void *out);
+}
+
 namespace {
 
 struct Candidate {
@@ -72,7 +87,7 @@ struct Case { // a random weight, and what it stands for
     Shape shape;
     int64_t group, groups, row_bytes, zero_bytes, scale_bytes;
     Array<uint8_t> codes, pos, neg, zeros;
-    float book[16], levels[256];
+    float book[16], levels[256], grid[2] = {-8, 0.03f};
     std::vector<double> values, larger, zero; // [rows, columns], [rows, groups] twice
 
     explicit Case(Shape s)
@@ -142,9 +157,10 @@ struct Case { // a random weight, and what it stands for
     Weight weight() const {
         const uint8_t *negative = shape.sides == TWO ? neg.data : pos.data;
         const uint8_t *zero_points = shape.sides == ZEROS ? zeros.data : nullptr;
-        return {codes.data, pos.data, negative, zero_points, book, shape.kind == BYTES ? levels : nullptr,
-                shape.rows, shape.columns, group, groups, row_bytes, zero_bytes,
-                codes.data + row_bytes * shape.rows, shape.bits, shape.kind};
+        const bool bytes = shape.kind == BYTES;
+        return {codes.data, pos.data, negative, zero_points, bytes ? grid : nullptr, book,
+                shape.rows, shape.columns, group, groups, row_bytes, zero_bytes, shape.bits, shape.kind,
+                bytes ? levels : nullptr, codes.data + row_bytes * shape.rows};
     }
 };
 
@@ -160,7 +176,26 @@ void fail(const char *table, const char *what, const Case &c, int64_t tokens, in
     exit(1);
 }
 
-using Product = void (*)(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
+void expect(const char *table, const char *what, Error got, Error want) {
+    if (got == want) return;
+    printf("%s %s: error %d, not %d\n", table, what, got, want);
+    exit(1);
+}
+
+// Fails the first allocation of a call, then the second, ..., until all succeed: NO_MEMORY each time, and never a
+// crash. Returns how many there are. The last call's results stay.
+template <class Call> int64_t check_without_memory(const char *table, const char *what, Call call) {
+    for (int64_t count = 0;; count++) {
+        before_failure = count;
+        const Error error = call();
+        const bool failed = before_failure < 0;
+        before_failure = INT64_MAX;
+        expect(table, what, error, failed ? NO_MEMORY : DONE);
+        if (!failed) return count;
+    }
+}
+
+using Product = Error (*)(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
 
 // Runs two ranges of rows, as two threads would, and compares: bound(row, token) is asked where the rows are right.
 template <class Bound>
@@ -170,8 +205,9 @@ void compare(const Kernels &k, const char *what, Product run, const Case &c, con
     for (int64_t i = 0; i < y.count; i++) y[i] = NAN;
     const Weight w = c.weight();
     const int64_t middle = c.shape.rows / 2;
-    run(w, in, middle, c.shape.rows, y.data);
-    if (middle > 0) run(w, in, 0, middle, y.data);
+    expect(k.name, what, run(w, in, middle, c.shape.rows, y.data), DONE);
+    if (middle > 0) expect(k.name, what, run(w, in, 0, middle, y.data), DONE);
+    check_without_memory(k.name, what, [&] { return run(w, in, 0, c.shape.rows, y.data); });
     for (int64_t t = 0; t < in.tokens; t++)
         for (int64_t row = 0; row < c.shape.rows; row++) {
             const double *a = c.values.data() + row * c.shape.columns, *b = x.data() + t * in.stride;
@@ -255,7 +291,7 @@ void check_dequantize(const Kernels &k, const Case &c) {
     const int64_t first = c.shape.rows / 3, columns = c.shape.columns;
     Array<float> out((c.shape.rows - first) * columns);
     for (int64_t i = 0; i < out.count; i++) out[i] = NAN;
-    k.dequantize(c.weight(), first, c.shape.rows, out.data);
+    check_without_memory(k.name, "dequantize", [&] { return k.dequantize(c.weight(), first, c.shape.rows, out.data); });
     for (int64_t i = 0; i < out.count; i++) {
         const int64_t row = first + i / columns, at = row * c.groups + i % columns / c.group;
         const size_t g = static_cast<size_t>(at);
@@ -329,6 +365,41 @@ void check_table(const Candidate &candidate) {
     printf("%s: %lld weights\n", candidate.kernels->name, static_cast<long long>(cases + 3));
 }
 
+// The C symbols: every path with every allocation failing once.
+void check_library() {
+    int64_t failures = 0;
+    for (const char *name : {"portable", "avx2"}) {
+        if (afpq_select(name) != 0) continue;
+        for (const Sides sides : {TWO, ZEROS})
+            for (const Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
+                for (const int64_t tokens : {1, 9})
+                    for (const int32_t int8 : {0, 1}) {
+                        const Case c({4, 64, 200, 9, sides, BYTES});
+                        Weight w = c.weight();
+                        w.levels = nullptr, w.end = nullptr; // the library's part
+                        const int64_t size = kind == FLOAT32 ? 4 : 2;
+                        Array<uint8_t> x(tokens * 200 * size), bias(9 * size), y(tokens * 9 * size), out(9 * 200 * size);
+                        memset(x.data, 0, static_cast<size_t>(x.count));
+                        memset(bias.data, 0, static_cast<size_t>(bias.count));
+                        failures += check_without_memory(name, "afpq_linear", [&] {
+                            return Error(afpq_linear(&w, x.data, kind, tokens, bias.data, y.data, int8));
+                        });
+                        failures += check_without_memory(name, "afpq_dequantize", [&] {
+                            return Error(afpq_dequantize(&w, 0, 9, kind, out.data));
+                        });
+                    }
+    }
+    Weight w = {};
+    w.bits = 5;
+    expect("library", "afpq_linear", Error(afpq_linear(&w, nullptr, FLOAT32, 1, nullptr, nullptr, 0)), BAD_ARGUMENT);
+    expect("library", "afpq_dequantize", Error(afpq_dequantize(&w, 0, 1, FLOAT32, nullptr)), BAD_ARGUMENT);
+    if (afpq_weight_bytes() != sizeof(Weight) || failures < 100) {
+        printf("library: %lld failed allocations\n", static_cast<long long>(failures));
+        exit(1);
+    }
+    printf("library: %lld failed allocations\n", static_cast<long long>(failures));
+}
+
 } // namespace
 
 int main(int count, char **names) { // names of tables to check; without any, all
@@ -342,5 +413,6 @@ int main(int count, char **names) { // names of tables to check; without any, al
         for (int i = 1; i < count; i++) wanted = wanted || strcmp(names[i], candidate.kernels->name) == 0;
         if (wanted) check_table(candidate);
     }
+    if (count == 1) check_library();
     return 0;
 }
