@@ -29,7 +29,7 @@ class Tile:
     programs: int = 2
 
     def within(self, group: int) -> Tile:
-        """Return the tile whose columns do not cross borders of groups of this size (a multiple of 32; 0: one group)."""
+        """Return the tile whose columns cross no borders of groups of this size, a multiple of 32 (0: one group)."""
         columns = self.columns
         while group % columns:
             columns //= 2

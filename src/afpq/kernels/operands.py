@@ -60,14 +60,9 @@ class Packed(NamedTuple):
 
         Views, except zero points of rows that do not begin on a whole byte: these are packed anew.
         """
-        zeros, bits, size = self.zeros, self.bits, len(self.qweight)
-        last = min(last, size)
-        if zeros is not None and first % 8 == 0:  # whole bytes at any width
-            zeros = zeros[:, packed_size(first, bits) : packed_size(last, bits)]
-            if last % 8 and last < size:  # padding is zeros
-                zeros = pack(unpack(zeros, bits, last - first), bits)
-        elif zeros is not None:
-            zeros = pack(unpack(zeros, bits, size)[:, first:last], bits)
+        zeros = self.zeros
+        if zeros is not None:
+            zeros = zeros_of_rows(zeros, self.bits, len(self.qweight), first, last)
         return self._replace(
             qweight=self.qweight[first:last],
             scales=self.scales[first:last],
@@ -122,6 +117,15 @@ class Packed(NamedTuple):
         if bias is not None and bias.shape != self.qweight.shape[:1]:
             raise AfpqError(f"bias is {list(bias.shape)}, expected {list(self.qweight.shape[:1])}")
         return x.shape[-1]
+
+
+def zeros_of_rows(zeros: Tensor, bits: int, size: int, first: int, last: int) -> Tensor:
+    """Return the zero points [groups, bytes] of rows [first, last), from those of `size` rows; a view if possible."""
+    last = min(last, size)
+    if first % 8:  # whole bytes at any width
+        return pack(unpack(zeros, bits, size)[:, first:last], bits)
+    part = zeros[:, packed_size(first, bits) : packed_size(last, bits)]
+    return part if last % 8 == 0 or last == size else pack(unpack(part, bits, last - first), bits)  # padded with zeros
 
 
 @lru_cache(maxsize=BOOKS)
