@@ -8,160 +8,18 @@
 // / 2 for each |w|) needs no bound; each weight may be off by a share of its group's step, largest entry of the book *
 // larger scale / levels, times |x|: a half for rounding, a little more where the scales' ratio is rounded as well, and
 // a thousandth for float32. With zero points only the last remains, the step being the scale.
-#include "afpq.h"
+#include "cases.h"
+#include "without_memory.h"
 
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
 
 using namespace afpq;
-
-// The linker sends allocations of the kernels here (--wrap=aligned_alloc): after `before_failure` of them one fails.
-static int64_t before_failure = INT64_MAX;
-extern "C" void *__real_aligned_alloc(size_t alignment, size_t size);
-extern "C" void *__wrap_aligned_alloc(size_t alignment, size_t size) {
-    if (before_failure != INT64_MAX && before_failure-- == 0) return nullptr;
-    return __real_aligned_alloc(alignment, size);
-}
-
-extern "C" { // of csrc/afpq.cpp
-int afpq_select(const char *name);
-int64_t afpq_weight_bytes();
-int afpq_linear(const Weight *, const void *x, int32_t kind, int64_t tokens, const void *bias, void *y, int32_t int8);
-int afpq_dequantize(const Weight *, int64_t begin, int64_t end, int32_t kind, void *out);
-}
 
 namespace {
 
 struct Candidate {
     const Kernels *kernels;
     double levels, error; // of int8 weights: steps up to the largest one, and how many of them one may be off
-};
-
-uint64_t state = 88172645463325252ull;
-
-uint32_t random_bits() { // xorshift
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return static_cast<uint32_t>(state >> 32);
-}
-double uniform() { return random_bits() / 4294967296.0; }
-
-double bf16_value(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-double f16_value(uint16_t bits) { // positive, normal or zero
-    return bits == 0 ? 0 : std::ldexp(1 + (bits & 1023) / 1024.0, (bits >> 10) - 15);
-}
-
-template <class T> struct Array { // exactly as long as asked for, in memory of its own, aligned where the size allows
-    explicit Array(int64_t count) : count(count) {
-        const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-        data = static_cast<T *>(bytes % 64 ? malloc(bytes) : aligned_alloc(64, bytes));
-    }
-    ~Array() { free(data); }
-    Array(const Array &) = delete;
-    Array &operator=(const Array &) = delete;
-    T &operator[](int64_t i) { return data[i]; }
-    const T &operator[](int64_t i) const { return data[i]; }
-    int64_t count;
-    T *data;
-};
-
-enum Sides { ONE, TWO, ZEROS };
-
-struct Shape {
-    int32_t bits;
-    int64_t group, columns, rows; // group -1: one for the row
-    Sides sides;
-    Kind kind;
-};
-
-int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Case { // a random weight, and what it stands for
-    Shape shape;
-    int64_t group, groups, row_bytes, zero_bytes, scale_bytes;
-    Array<uint8_t> codes, pos, neg, zeros;
-    float book[16], levels[256], grid[2] = {-8, 0.03f};
-    std::vector<double> values, larger, zero; // [rows, columns], [rows, groups] twice
-
-    explicit Case(Shape s)
-        : shape(s), group(s.group < 0 ? s.columns : s.group), groups(divide(s.columns, group)),
-          row_bytes(s.bits == 3 ? divide(s.columns, 8) * 3 : divide(s.columns * s.bits, 8)),
-          zero_bytes(s.bits == 3 ? divide(s.rows, 8) * 3 : divide(s.rows * s.bits, 8)),
-          scale_bytes(s.kind == BYTES ? 1 : s.kind == FLOAT32 ? 4 : 2), codes(s.rows * row_bytes), pos(s.rows * groups * scale_bytes),
-          neg(s.rows * groups * scale_bytes), zeros(groups * zero_bytes) {
-        for (int64_t i = 0; i < codes.count; i++) codes[i] = static_cast<uint8_t>(random_bits());
-        for (int64_t i = 0; i < zeros.count; i++) zeros[i] = static_cast<uint8_t>(random_bits());
-        const int size = 1 << s.bits;
-        for (int i = 0; i < size; i++) // the positive side reaches 1, the negative one -0.9; entry 0 is 0
-            book[i] = static_cast<float>(i == 0 ? 0 : i % 2 ? double(i) / (size - 1) : -0.9 * i / (size - 2));
-        for (int k = 0; k < 128; k++) {
-            levels[k] = static_cast<float>(std::exp2(-8 + k * 0.03));
-            levels[128 + k] = -levels[k];
-        }
-        std::vector<double> p(static_cast<size_t>(s.rows * groups)), n(p.size());
-        for (size_t i = 0; i < p.size(); i++) {
-            const bool mirrored = random_bits() % 4 == 0;
-            p[i] = random_scale(pos.data, i, mirrored);
-            n[i] = random_scale(neg.data, i, mirrored);
-            larger.push_back(s.sides == TWO ? std::fmax(std::fabs(p[i]), std::fabs(n[i])) : std::fabs(p[i]));
-        }
-        for (int64_t row = 0; row < s.rows; row++)
-            for (int64_t k = 0; k < s.columns; k++) {
-                const size_t g = static_cast<size_t>(row * groups + k / group);
-                const uint32_t code = field(codes.data + row * row_bytes, k);
-                const double zero_point = field(zeros.data + k / group * zero_bytes, row);
-                const double side = s.sides == TWO && book[code] < 0 ? n[g] : p[g];
-                values.push_back(s.sides == ZEROS ? (code - zero_point) * p[g] : book[code] * side);
-                if (k % group == 0) zero.push_back(zero_point);
-            }
-    }
-
-    uint32_t field(const uint8_t *stream, int64_t i) const { // bit by bit
-        uint32_t value = 0;
-        for (int64_t b = 0; b < shape.bits; b++) {
-            const int64_t bit = i * shape.bits + b;
-            value |= static_cast<uint32_t>(stream[bit / 8] >> (bit % 8) & 1) << b;
-        }
-        return value;
-    }
-
-    double random_scale(uint8_t *at, size_t i, bool mirrored) const { // 2^-8 to 2^-4, or sometimes none, and a sign
-        const bool none = random_bits() % 16 == 0;
-        const double sign = mirrored ? -1 : 1;
-        if (shape.kind == BYTES) {
-            at[i] = static_cast<uint8_t>(random_bits() % 128 + (mirrored ? 128 : 0));
-            return levels[at[i]];
-        }
-        if (shape.kind == FLOAT32) {
-            const double size = none ? 0 : std::ldexp(1 + uniform(), -8 + int(random_bits() % 4));
-            const float value = static_cast<float>(sign * size);
-            memcpy(at + 4 * i, &value, 4);
-            return value;
-        }
-        const int fraction_bits = shape.kind == FLOAT16 ? 10 : 7;
-        const uint32_t exponent = (shape.kind == FLOAT16 ? 7 : 119) + random_bits() % 4;
-        const uint32_t fraction = random_bits() % (1u << fraction_bits);
-        const uint16_t size = none ? 0 : static_cast<uint16_t>(exponent << fraction_bits | fraction);
-        const uint16_t bits = static_cast<uint16_t>(size | (mirrored ? 0x8000 : 0));
-        memcpy(at + 2 * i, &bits, 2);
-        return sign * (shape.kind == FLOAT16 ? f16_value(size) : bf16_value(size));
-    }
-
-    Weight weight() const {
-        const uint8_t *negative = shape.sides == TWO ? neg.data : pos.data;
-        const uint8_t *zero_points = shape.sides == ZEROS ? zeros.data : nullptr;
-        const bool bytes = shape.kind == BYTES;
-        return {codes.data, pos.data, negative, zero_points, bytes ? grid : nullptr, book,
-                shape.rows, shape.columns, group, groups, row_bytes, zero_bytes, shape.bits, shape.kind,
-                bytes ? levels : nullptr, codes.data + row_bytes * shape.rows};
-    }
 };
 
 void fail(const char *table, const char *what, const Case &c, int64_t tokens, int64_t token, int64_t row, double got,
@@ -174,25 +32,6 @@ void fail(const char *table, const char *what, const Case &c, int64_t tokens, in
            KINDS[c.shape.kind], Long(tokens), Long(token), Long(row), got);
     printf("not %.9g +- %.3g\n", want, bound);
     exit(1);
-}
-
-void expect(const char *table, const char *what, Error got, Error want) {
-    if (got == want) return;
-    printf("%s %s: error %d, not %d\n", table, what, got, want);
-    exit(1);
-}
-
-// Fails the first allocation of a call, then the second, ..., until all succeed: NO_MEMORY each time, and never a
-// crash. Returns how many there are. The last call's results stay.
-template <class Call> int64_t check_without_memory(const char *table, const char *what, Call call) {
-    for (int64_t count = 0;; count++) {
-        before_failure = count;
-        const Error error = call();
-        const bool failed = before_failure < 0;
-        before_failure = INT64_MAX;
-        expect(table, what, error, failed ? NO_MEMORY : DONE);
-        if (!failed) return count;
-    }
 }
 
 using Product = Error (*)(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
@@ -363,41 +202,6 @@ void check_table(const Candidate &candidate) {
     check_case(candidate, Case({3, -1, 1312, 33, ZEROS, FLOAT32}), {200});
     check_case(candidate, Case({2, 128, 160, 530, TWO, BFLOAT16}), {5, 531});
     printf("%s: %lld weights\n", candidate.kernels->name, static_cast<long long>(cases + 3));
-}
-
-// The C symbols: every path with every allocation failing once.
-void check_library() {
-    int64_t failures = 0;
-    for (const char *name : {"portable", "avx2"}) {
-        if (afpq_select(name) != 0) continue;
-        for (const Sides sides : {TWO, ZEROS})
-            for (const Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
-                for (const int64_t tokens : {1, 9})
-                    for (const int32_t int8 : {0, 1}) {
-                        const Case c({4, 64, 200, 9, sides, BYTES});
-                        Weight w = c.weight();
-                        w.levels = nullptr, w.end = nullptr; // the library's part
-                        const int64_t size = kind == FLOAT32 ? 4 : 2;
-                        Array<uint8_t> x(tokens * 200 * size), bias(9 * size), y(tokens * 9 * size), out(9 * 200 * size);
-                        memset(x.data, 0, static_cast<size_t>(x.count));
-                        memset(bias.data, 0, static_cast<size_t>(bias.count));
-                        failures += check_without_memory(name, "afpq_linear", [&] {
-                            return Error(afpq_linear(&w, x.data, kind, tokens, bias.data, y.data, int8));
-                        });
-                        failures += check_without_memory(name, "afpq_dequantize", [&] {
-                            return Error(afpq_dequantize(&w, 0, 9, kind, out.data));
-                        });
-                    }
-    }
-    Weight w = {};
-    w.bits = 5;
-    expect("library", "afpq_linear", Error(afpq_linear(&w, nullptr, FLOAT32, 1, nullptr, nullptr, 0)), BAD_ARGUMENT);
-    expect("library", "afpq_dequantize", Error(afpq_dequantize(&w, 0, 1, FLOAT32, nullptr)), BAD_ARGUMENT);
-    if (afpq_weight_bytes() != sizeof(Weight) || failures < 100) {
-        printf("library: %lld failed allocations\n", static_cast<long long>(failures));
-        exit(1);
-    }
-    printf("library: %lld failed allocations\n", static_cast<long long>(failures));
 }
 
 } // namespace
