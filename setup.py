@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Builds the native CPU kernels, a plain shared library loaded by ctypes; all else is in pyproject.toml.
 
-Without a C++ compiler the package installs all the same and runs on the reference.
+Without a C++ compiler the package installs too, and the reference computes.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,16 +19,21 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "vbmi"))]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
-# One translation unit for each instruction set; only these may use it.
-SOURCES: dict[str, list[str]] = {
-    "csrc/afpq.cpp": [],
-    "csrc/cpu_features.cpp": [],
-    "csrc/portable.cpp": [],
+# Sources and their flags. One translation unit for each instruction set; only these may use it.
+PORTABLE: dict[str, list[str]] = {"csrc/afpq.cpp": [], "csrc/cpu_features.cpp": [], "csrc/portable.cpp": []}
+X86 = {
     "csrc/x86/avx2_exact.cpp": AVX2,
     "csrc/x86/avx2_int8.cpp": AVX2,
-    "csrc/x86/avx512.cpp": AVX512,
+    "csrc/x86/avx2_dequantize.cpp": AVX2,
+    "csrc/x86/avx512_exact.cpp": AVX512,
+    "csrc/x86/avx512_int8.cpp": AVX512,
+    "csrc/x86/avx512_dequantize.cpp": AVX512,
     "csrc/x86/amx_bf16.cpp": AMX,
 }
+ARM: dict[str, list[str]] = {}  # kernels of csrc/arm/ go here, and into find_kernels of cpu_features.cpp
+# platform.machine() -> what is built in addition to the portable code
+FAMILIES = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
+SOURCES = PORTABLE | FAMILIES.get(platform.machine(), {})
 
 
 class BuildNative(build_ext):
@@ -40,10 +44,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         extra = os.environ.get("AFPQ_CXXFLAGS", "").split()
-        x86 = platform.machine() in ("x86_64", "AMD64")
         objects: list[str] = []
         for source, flags in SOURCES.items():
-            arguments = COMMON + (flags if x86 else []) + extra
+            arguments = COMMON + flags + extra
             objects += self.compiler.compile(
                 [source], output_dir=self.build_temp, extra_postargs=arguments, depends=ext.depends
             )
@@ -53,7 +56,7 @@ class BuildNative(build_ext):
 
 
 class AnyPython(bdist_wheel):
-    """The library knows no Python: one wheel for all versions of it."""
+    """A wheel for all versions of Python: the library does not depend on it."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -62,11 +65,11 @@ class AnyPython(bdist_wheel):
 native = Extension(
     "afpq.kernels.libafpq_cpu",
     sources=list(SOURCES),
-    depends=["csrc/afpq.h", "csrc/x86/avx2.h", "csrc/x86/f16c.h"],
+    depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
     language="c++",
     optional=True,
 )
 setup(
-    ext_modules=[] if sys.platform == "win32" else [native],
+    ext_modules=[native],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

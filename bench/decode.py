@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from afpq.kernels import cpu, set_compute
+from afpq.kernels import cpu_library, set_compute
 from afpq.model.quantize_in_memory import quantize_model
 from afpq.numerics.scheme import parse_scheme
 from afpq.recipe import Recipe
@@ -107,7 +107,7 @@ def field(arguments: argparse.Namespace) -> list[Contestant]:
     dtype = getattr(torch, arguments.dtype)
     plain = build(arguments.layers, dtype)
     contestants = [Contestant(arguments.dtype, plain)]
-    modes = ["exact"] if cpu.native() is None else ["exact", "int8"]
+    modes = ["exact"] if cpu_library.native() is None else ["exact", "int8"]
     for scheme in arguments.schemes:
         print(f"quantizing to {scheme}", file=sys.stderr, flush=True)
         model = quantized(plain, scheme)
@@ -165,7 +165,7 @@ def main() -> None:
             f"| {row['prompt_speed']:.2f} | {row['bytes']:.2f} |"
         )
     if arguments.out is not None:
-        native = cpu.native()
+        native = cpu_library.native()
         machine = {
             "threads": torch.get_num_threads(), "afpq_isa": None if native is None else native.isa,
             "torch_capability": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()[0],

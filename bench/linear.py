@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from afpq.algorithms import quantize_rtn
-from afpq.kernels import cpu, set_compute
+from afpq.kernels import cpu_library, set_compute
 from afpq.model.linear import AfpqLinear
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import pack
@@ -110,7 +110,7 @@ def ours(W: Tensor, x: Tensor, name: str, cold: int, dtype: torch.dtype) -> list
     def prepare(x: Tensor) -> list[Call]:
         return [partial(layer, x.to(dtype)) for layer in layers]
 
-    modes = ["exact"] if cpu.native() is None else ["exact", "int8"]
+    modes = ["exact"] if cpu_library.native() is None else ["exact", "int8"]
     return [Contestant(f"{name} {mode}", nbytes, prepare, expected, mode == "int8", name) for mode in modes]
 
 
@@ -225,8 +225,8 @@ def reader(cold: int) -> Contestant:
     """
     pieces = torch.ones(2 * cold // 8, dtype=torch.int64).split(PIECE_BYTES // 8)
     nbytes = pieces[0].nbytes
-    if cpu.native() is not None:
-        return Contestant(READER, nbytes, lambda _: [partial(cpu.read, piece) for piece in pieces], None)
+    if cpu_library.native() is not None:
+        return Contestant(READER, nbytes, lambda _: [partial(cpu_library.read, piece) for piece in pieces], None)
     ways: list[Callable[[Tensor], Any]] = [
         lambda piece: torch.dot(piece.view(torch.float32), piece.view(torch.float32))
     ]
@@ -374,7 +374,7 @@ def compare_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def machine(cold: int) -> dict[str, Any]:
-    native = cpu.native()
+    native = cpu_library.native()
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "processor": models[0].split(":")[1].strip() if models else platform.machine(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What this processor and this operating system can run: CPUID says the first, XCR0 which registers are saved.
+// What this processor and this operating system can run: CPUID reports the first, XCR0 which registers are saved.
 #include "afpq.h"
 
 #include <cstring>

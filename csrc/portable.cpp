@@ -1,56 +1,13 @@
 // SPDX-License-Identifier: MIT
-// Plain C++: any instruction set, any group size. What the fast kernels do not take comes here.
+// Plain C++: any instruction set, any group size. Computes what the fast kernels do not take.
 #include "afpq.h"
+#include "float16.h"
+#include "scratch.h"
 
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 namespace afpq {
 namespace {
-
-float half_to_float(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-    if (exponent == 0) { // zero and subnormal numbers: fraction * 2^-24
-        const float value = std::ldexp(static_cast<float>(fraction), -24);
-        return sign ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t float_to_half(float value) { // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000) return sign | 0x7e00;  // NaN
-    if (bits >= 0x477ff000) return sign | 0x7c00; // rounds to infinity
-    if (bits < 0x38800000) {                      // subnormal: the addition rounds to multiples of 2^-24
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        magnitude += 0.5f;
-        memcpy(&bits, &magnitude, 4);
-        return static_cast<uint16_t>(sign | (bits - 0x3f000000));
-    }
-    return static_cast<uint16_t>(sign | ((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13));
-}
-
-float bf16_to_float(uint16_t h) {
-    const uint32_t bits = static_cast<uint32_t>(h) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t float_to_bf16(float value) { // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000; // rounding up could turn it into infinity
-    return static_cast<uint16_t>(nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 float load(const void *in, Kind kind, int64_t i) {
     if (kind == FLOAT32) return static_cast<const float *>(in)[i];
@@ -90,10 +47,12 @@ void permute_exact(const float *in, float *out, int64_t count, int32_t) {
     memcpy(out, in, static_cast<size_t>(4 * count));
 }
 
-void exact(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
-    float *row_of_w = static_cast<float *>(malloc(static_cast<size_t>(4 * w.columns)));
+Error exact(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
+    const Scratch<float> decoded(w.columns);
+    if (!decoded) return NO_MEMORY;
+    const float *row_of_w = decoded.data;
     for (int64_t row = begin; row < end; row++) {
-        decode_row(w, row, row_of_w);
+        decode_row(w, row, decoded.data);
         for (int64_t t = 0; t < in.tokens; t++) {
             const float *x = in.x + t * in.stride;
             float partial[8] = {}, total = 0; // eight sums: they fit vector units, and they lose less
@@ -105,11 +64,12 @@ void exact(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float 
             y[t * w.rows + row] = total;
         }
     }
-    free(row_of_w);
+    return DONE;
 }
 
-void dequantize(const Weight &w, int64_t begin, int64_t end, float *out) {
+Error dequantize(const Weight &w, int64_t begin, int64_t end, float *out) {
     for (int64_t row = begin; row < end; row++) decode_row(w, row, out + (row - begin) * w.columns);
+    return DONE;
 }
 
 void to_float(const void *in, Kind kind, float *out, int64_t count) {

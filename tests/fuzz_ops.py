@@ -22,7 +22,7 @@ from torch import Tensor
 
 import afpq
 from afpq.errors import AfpqError
-from afpq.kernels import cpu
+from afpq.kernels import cpu_library
 from afpq.numerics.formats import FORMATS
 from afpq.numerics.packing import layout
 from afpq.numerics.scheme import Scheme
@@ -165,8 +165,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def main(count: int, seed: int) -> None:
     if "LIBRARY" in os.environ:
-        cpu.LIBRARY = Path(os.environ["LIBRARY"])
-    native = cpu.native()
+        cpu_library.LIBRARY = Path(os.environ["LIBRARY"])
+    native = cpu_library.native()
     ends: Counter[str] = Counter()
     for index in range(seed, seed + count):
         generator = random.Random(index)

@@ -130,7 +130,7 @@ def test_no_operands_make_the_kernels_read_outside_of_a_tensor(tmp_path: Path) -
     root = TESTS.parent
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fsanitize=address"]
     objects = []
-    for source in sorted((root / "csrc").glob("*.cpp")):
+    for source in sorted((root / "csrc").glob("**/*.cpp")):
         objects.append(str(tmp_path / f"{source.stem}.o"))
         extra = AVX2 if source.stem.startswith("avx2") else []
         subprocess.run([str(COMPILER), *flags, *extra, "-c", str(source), "-o", objects[-1]], check=True)

@@ -5,32 +5,14 @@
 // A tile is 16 rows of 64 bytes. C[weight row, token] += A[weight row, input] * B[input pair, token], so that a unit of
 // codes, looked up as words, is one row of an A tile as it is; only the inputs have to be transposed, once per call,
 // and the sums at the end. Scales are in the table of each group: C is summed over all inputs without rescaling.
-#include "../afpq.h"
+// Products take subnormal numbers as zero, and give zero for them.
+#include "avx512.h"
 
-#if defined(AFPQ_EMULATE) || (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) &&            \
-                              defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__))
-#ifdef AFPQ_EMULATE
-#include "emulated.h"
-#else
-#pragma GCC diagnostic push // GCC 12 warns of what its own header leaves undefined on purpose (bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
-#include <cstdlib>
+#if defined(AFPQ_EMULATE) || (defined(AFPQ_AVX512) && defined(__AMX_TILE__) && defined(__AMX_BF16__) &&                \
+                              defined(__AVX512BF16__))
 
 namespace afpq {
 namespace {
-
-struct Scratch { // aligned, freed with its scope
-    explicit Scratch(int64_t bytes) : data(aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))) {}
-    ~Scratch() { free(data); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    void *data;
-};
 
 // ---- tiles
 
@@ -117,77 +99,18 @@ void pack_bf16(const uint16_t *in, uint16_t *out, int64_t tokens, int64_t stride
 
 // ---- weights
 
-// Word i gets the bytes from bit `bits * i` on, shifted so that this bit is its lowest: a unit in natural order.
-struct Spread {
-    alignas(64) uint8_t bytes[64] = {};
-    alignas(64) uint16_t shifts[32] = {};
-    constexpr explicit Spread(int bits) {
-        for (int i = 0; i < 32; i++) {
-            bytes[2 * i] = static_cast<uint8_t>(bits * i / 8);
-            bytes[2 * i + 1] = static_cast<uint8_t>(bits * i / 8 + 1);
-            shifts[i] = static_cast<uint16_t>(bits * i % 8);
-        }
-    }
-};
+// Word i of a unit in natural order begins with the bits of code i.
+template <int BITS> constexpr Spread<uint16_t> WORDS(BITS, 0);
 
-template <int BITS> constexpr Spread SPREAD(BITS);
-
-template <int BITS> inline __m512i words_of(const uint8_t *unit, const uint8_t *end) {
-    const __m256i codes = end - unit >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(unit))
-                                           : _mm256_maskz_loadu_epi8((1u << (end - unit)) - 1, unit);
-    const __m512i wide = _mm512_permutexvar_epi8(_mm512_load_si512(SPREAD<BITS>.bytes), _mm512_zextsi256_si512(codes));
-    return _mm512_srlv_epi16(wide, _mm512_load_si512(SPREAD<BITS>.shifts));
-}
-
-// The code book, its positive and its negative side, repeated to 16 entries and, as bfloat16, to 32: `vpermw` reads
-// five bits of each index and ignores the others. With zero points the "negative side" is -1.
-struct Book {
-    __m512 positive, negative;
-    explicit Book(const Weight &w) {
-        float sides[2][16];
-        for (int i = 0; i < 16; i++) {
-            const int code = i & ((1 << w.bits) - 1);
-            const float value = w.zeros ? static_cast<float>(code) : w.book[code];
-            sides[0][i] = value >= 0 ? value : 0;
-            sides[1][i] = w.zeros ? -1 : value < 0 ? value : 0;
-        }
-        positive = _mm512_loadu_ps(sides[0]);
-        negative = _mm512_loadu_ps(sides[1]);
-    }
-    inline __m512i scaled(float pos, float neg) const {
-        const __m512 below = _mm512_mul_ps(negative, _mm512_set1_ps(neg));
-        const __m512 table = _mm512_fmadd_ps(positive, _mm512_set1_ps(pos), below);
-        return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(table));
-    }
-};
-
-int32_t zero_at(const Weight &w, int64_t row, int64_t group) {
-    const uint8_t *packed = w.zeros + group * w.zero_bytes;
-    const int64_t bit = row * w.bits, byte = bit / 8;
-    const uint32_t two = packed[byte] | (byte + 1 < w.zero_bytes ? packed[byte + 1] << 8 : 0);
-    return static_cast<int32_t>(two >> (bit % 8) & ((1u << w.bits) - 1));
+// The values of a group's codes as bfloat16, repeated to 32: `vpermw` reads five bits of each index, and ignores the
+// others.
+inline __m512i bf16_table(const Book &book, float pos, float neg) {
+    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(book.scaled(pos, neg)));
 }
 
 constexpr int64_t PANEL = 16;   // units: decoded, two tiles of rows take two thirds of the first-level cache
 constexpr int64_t TOKENS = 512; // their inputs for a panel a quarter of the second-level one,
 constexpr int64_t ROWS = 256;   // and the sums of these rows another
-
-// pos and neg of a row's groups [first, last), at most PANEL; with zeros, neg becomes zero * scale.
-void row_scales(const Weight &w, int64_t row, int64_t first, int64_t last, float *pos, float *neg) {
-    const auto to_float = avx512_kernels()->to_float;
-    const int64_t begin = row * w.groups + first, at = begin * (w.scale_kind == FLOAT32 ? 4 : 2);
-    const void *const sides[2] = {w.pos, w.neg};
-    for (int side = 0; side < 2; side++) {
-        float *out = side ? neg : pos;
-        if (w.levels)
-            for (int64_t g = 0; g < last - first; g++)
-                out[g] = w.levels[static_cast<const uint8_t *>(sides[side])[begin + g]];
-        else
-            to_float(static_cast<const char *>(sides[side]) + at, w.scale_kind, out, last - first);
-    }
-    if (w.zeros)
-        for (int64_t g = first; g < last; g++) neg[g - first] = static_cast<float>(zero_at(w, row, g)) * pos[g - first];
-}
 
 // Up to 32 rows, units [first, last) -> tiles [unit, row / 16]. Rows that are not there are left as they are: nothing
 // reads the sums they make.
@@ -201,9 +124,9 @@ void decode(const Weight &w, const Book &book, int64_t row, int64_t rows, int64_
         uint16_t *to = out + r / SIDE * TILE + r % SIDE * UNIT;
         for (int64_t unit = first; unit < last;) {
             const int64_t g = unit / span, stop = (g + 1) * span < last ? (g + 1) * span : last;
-            const __m512i table = book.scaled(pos[g - first_group], neg[g - first_group]);
+            const __m512i table = bf16_table(book, pos[g - first_group], neg[g - first_group]);
             for (; unit < stop; unit++, to += 2 * TILE) {
-                const __m512i words = words_of<BITS>(codes + unit * 4 * BITS, w.end);
+                const __m512i words = WORDS<BITS>(load_pair(codes + unit * UNIT_BYTES<BITS>, w.end));
                 _mm512_store_si512(to, _mm512_permutexvar_epi16(words, table));
             }
         }
@@ -248,29 +171,29 @@ void store_part(const Weight &w, Part p, const float *c, int64_t width, float *y
         }
 }
 
-template <int BITS> void bf16_bits(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
+template <int BITS> Error bf16_bits(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
     const Book book(w);
     const int64_t most_rows = end - begin < ROWS ? (end - begin + SIDE - 1) / SIDE * SIDE : ROWS;
     const int64_t most_tokens = in.tokens < TOKENS ? (in.tokens + SIDE - 1) / SIDE * SIDE : TOKENS;
     const int64_t width = most_tokens + SIDE; // not a power of two: rows would share few places in the cache
-    const Scratch weights(2 * PANEL * TILE * 2), sums(most_rows * width * 4);
-    uint16_t *a = static_cast<uint16_t *>(weights.data);
-    float *c = static_cast<float *>(sums.data);
+    const Scratch<uint16_t> weights(2 * PANEL * TILE);
+    const Scratch<float> sums(most_rows * width);
+    if (!weights || !sums) return NO_MEMORY;
     for (int64_t token = 0; token < in.tokens; token += TOKENS)
         for (int64_t row = begin; row < end; row += ROWS) {
             const Part p = {row, end - row < ROWS ? end - row : ROWS, token,
                             in.tokens - token < TOKENS ? in.tokens - token : TOKENS};
-            sum_part<BITS>(w, book, in, p, a, c, width);
-            store_part(w, p, c, width, y);
+            sum_part<BITS>(w, book, in, p, weights.data, sums.data, width);
+            store_part(w, p, sums.data, width, y);
         }
+    return DONE;
 }
 
-void bf16(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
+Error bf16(const Weight &w, const Inputs &in, int64_t begin, int64_t end, float *y) {
     _tile_loadconfig(&TILES);
-    if (w.bits == 4) bf16_bits<4>(w, in, begin, end, y);
-    if (w.bits == 3) bf16_bits<3>(w, in, begin, end, y);
-    if (w.bits == 2) bf16_bits<2>(w, in, begin, end, y);
+    const Error error = by_bits(w.bits, [&](auto bits) { return bf16_bits<bits>(w, in, begin, end, y); });
     _tile_release();
+    return error;
 }
 
 Kernels table_of(const Kernels *avx512) {

@@ -8,16 +8,17 @@
 #include "f16c.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 namespace afpq {
 
 namespace avx2 { // one file each
+constexpr int MOST_TOKENS = 6; // that `int8` takes: their sums, and what they are made of, fit the registers
 void permute_exact(const float *in, float *out, int64_t count, int32_t bits);
 void permute_int8(const int8_t *in, int8_t *out, int64_t count, int32_t bits);
-void exact(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
-void int8(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
+Error exact(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
+Error int8(const Weight &, const Inputs &, int64_t begin, int64_t end, float *y);
+Error dequantize(const Weight &, int64_t begin, int64_t end, float *out);
 } // namespace avx2
 
 namespace {
@@ -54,18 +55,15 @@ inline __m256i load_pair(const uint8_t *pair, const uint8_t *end) {
 // ---- scales of one row, float32
 
 // Zero points of a row's groups. They are packed along the rows, far apart for the groups of one row (often in the same
-// set of the cache), so they are unpacked for 64 rows at a time.
+// set of the cache), so they are unpacked for 64 rows at a time. `!zeros` if there is no memory for that.
 class Zeros {
   public:
-    explicit Zeros(const Weight &w)
-        : w(w), block(w.zeros ? static_cast<uint8_t *>(malloc(static_cast<size_t>(ROWS * w.groups))) : nullptr) {}
-    ~Zeros() { free(block); }
-    Zeros(const Zeros &) = delete;
-    Zeros &operator=(const Zeros &) = delete;
+    explicit Zeros(const Weight &w) : w(w), block(w.zeros ? ROWS * w.groups : 1) {}
+    bool operator!() const { return !block; }
 
     const uint8_t *of(int64_t row) {
         if (first < 0 || row < first || row >= first + ROWS) fill(row / ROWS * ROWS);
-        return block + (row - first) * w.groups;
+        return block.data + (row - first) * w.groups;
     }
 
   private:
@@ -79,13 +77,13 @@ class Zeros {
             uint32_t bits = 0;
             for (int64_t r = 0, held = 0; r < rows; r++, held -= w.bits, bits >>= w.bits) {
                 if (held < w.bits) bits |= static_cast<uint32_t>(*packed++) << held, held += 8;
-                block[r * w.groups + g] = static_cast<uint8_t>(bits & ((1u << w.bits) - 1));
+                block.data[r * w.groups + g] = static_cast<uint8_t>(bits & ((1u << w.bits) - 1));
             }
         }
     }
 
     const Weight &w;
-    uint8_t *block;
+    Scratch<uint8_t> block;
     int64_t first = -1;
 };
 

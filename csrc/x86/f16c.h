@@ -1,24 +1,18 @@
 // SPDX-License-Identifier: MIT
-// What kernels for processors with F16C share: scratch memory, and numbers of 16 bits and bytes <-> float32. All of it is
-// in an anonymous namespace, a copy for each file, compiled with that file's flags: nothing of it may be merged by the
+// What kernels for processors with F16C share: vectors of 16-bit numbers, and bytes, <-> float32. All of it is in an
+// anonymous namespace, a copy for each file, compiled with that file's flags: nothing of it may be merged by the
 // linker with code that runs elsewhere. The file includes its intrinsics first (the tests replace some of them).
 #pragma once
 
 #include "../afpq.h"
+#include "../dispatch.h"
+#include "../float16.h"
+#include "../scratch.h"
 
-#include <cstdlib>
 #include <cstring>
 
 namespace afpq {
 namespace {
-
-struct Scratch { // aligned, freed with its scope
-    explicit Scratch(int64_t count) : data(static_cast<float *>(aligned_alloc(64, (4 * count + 127) / 64 * 64))) {}
-    ~Scratch() { free(data); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    float *data;
-};
 
 inline void convert(const void *in, Kind kind, int64_t first, int64_t count, float *out) {
     if (kind == FLOAT32) {
@@ -32,10 +26,7 @@ inline void convert(const void *in, Kind kind, int64_t first, int64_t count, flo
             _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
         for (; i < count; i++) out[i] = _cvtsh_ss(from[i]);
     } else {
-        for (; i < count; i++) {
-            const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-            memcpy(out + i, &bits, 4);
-        }
+        for (; i < count; i++) out[i] = bf16_to_float(from[i]);
     }
 }
 
@@ -64,12 +55,7 @@ inline void from_float(const float *in, void *out, Kind kind, int64_t count) {
                              _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
         for (; i < count; i++) to[i] = static_cast<uint16_t>(_cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT));
     } else {
-        for (; i < count; i++) {
-            uint32_t bits;
-            memcpy(&bits, in + i, 4);
-            const bool nan = (bits & 0x7fffffff) > 0x7f800000; // rounding up could turn it into infinity
-            to[i] = static_cast<uint16_t>(nan ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        }
+        for (; i < count; i++) to[i] = float_to_bf16(in[i]);
     }
 }
 

@@ -12,10 +12,11 @@ from torch.nn.functional import linear as torch_linear
 
 from afpq import kernels
 from afpq.algorithms import quantize_rtn
-from afpq.kernels import reference
+from afpq.kernels import cpu, gpu, reference
+from afpq.kernels.kernel import Kernel
 from afpq.kernels.operands import Packed
 from afpq.model.linear import AfpqLinear
-from afpq.numerics.formats import FORMATS, custom_format
+from afpq.numerics.formats import BITS, FORMATS, custom_format
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import to_tensors
 from afpq.numerics.scheme import Scheme, parse_scheme
@@ -157,14 +158,31 @@ def test_shapes_without_data(kind: str) -> None:
         assert back.shape == (6, 50) and back.dtype == torch.float16
 
 
-@pytest.mark.parametrize("text", ["int8-sym-g64", "int8-asym-g64", "int3-asym-g32", "nf3-asym-g32-log8"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_reference_unpacks_a_large_weight_in_parts(text: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    layer = AfpqLinear.from_weight(quantize_rtn(torch.randn(45, 96), parse_scheme(text)))
-    book = layer.scheme.format
-    weight = Packed(layer.qweight, *layer._scale_buffers(), list(book.values), book.bits, layer.scheme.group_size)
-    x, b = torch.randn(2, 3, 96), torch.randn(45) if bias else None
-    whole = reference.linear(x, weight, b)
-    monkeypatch.setattr(reference, "PART_ON_CPU", 16 * 96)
-    torch.testing.assert_close(reference.linear(x, weight, b), whole, rtol=1e-5, atol=1e-5)
+# --- the table
+
+
+def test_every_device_without_a_row_of_its_own_uses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(kernels.KERNELS.values()) == [reference, cpu, gpu]
+    prepared: list[str] = []
+    for key, kernel in kernels.KERNELS.items():
+        monkeypatch.setattr(kernel, "prepare", lambda values, bits, device, key=key: prepared.append(key))
+    for device in ("cpu", "cuda", "meta", "xpu"):
+        kernels.prepare((-1.0, 1.0), 2, torch.device(device))
+    assert prepared == ["CPU", "CUDA", "default", "default"]
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(k, id=key) for key, k in kernels.KERNELS.items()])
+def test_any_width_and_scale_dtype_computes(kernel: Kernel, device: torch.device) -> None:
+    """The contract of `Kernel`: what is not fast is computed all the same."""
+    if kernel is gpu:
+        pytest.importorskip("triton")
+    x = random(2, 64).to(device)
+    for bits in BITS:
+        weight = quantize_rtn(random(8, 64), parse_scheme(f"int{bits}-sym-g32"))
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            packed = Packed.from_tensors(to_tensors(weight), weight.scheme)
+            packed = packed._replace(qweight=packed.qweight.to(device), scales=packed.scales.to(device, dtype))
+            wanted = reference.dequantize(packed, 64, torch.float32)
+            torch.testing.assert_close(kernel.dequantize(packed, 64, torch.float32), wanted)
+            torch.testing.assert_close(kernel.linear(x, packed, None), x @ wanted.T, rtol=1e-4, atol=1e-4)
+    assert set(kernel.FAST_BITS) <= set(BITS)

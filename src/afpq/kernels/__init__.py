@@ -4,10 +4,10 @@
 afpq::linear      x [..., in], packed weight -> [..., out]
 afpq::dequantize  packed weight -> [out, in]
 
-`scales_neg` is None where one scale serves both signs, `zeros` where there is no zero point, `grid` where scales are
-floats. The code book is an
-operand, so one kernel serves every format. Defined by `torch.library.define` and `impl`, which cost a call 2-4 us
-where `custom_op` costs 10.
+`Packed` describes the operands of a weight. The codebook is one of them, so one kernel serves every format. Defined by
+`torch.library.define` and `impl`, which cost a call 2-4 us; `custom_op` costs 10.
+
+A kernel is a module as `kernel.Kernel` describes it and a row of KERNELS.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.kernels import cpu, gpu, reference
-from afpq.kernels.cpu import set_compute
-from afpq.kernels.gpu import prepare
+from afpq.kernels.arithmetic import set_compute
+from afpq.kernels.kernel import Kernel
 from afpq.kernels.operands import Packed
+
+# torch's dispatch key -> the kernel; devices without a row use the default.
+DEFAULT = "default"
+KERNELS: dict[str, Kernel] = {DEFAULT: reference, "CPU": cpu, "CUDA": gpu}
 
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor? scales_neg, Tensor? zeros, Tensor? grid"
 _BOOK = "float[] codebook, int bits, int group_size"
@@ -30,26 +34,31 @@ torch.library.define("afpq::linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_BOO
 torch.library.define("afpq::dequantize", f"({_WEIGHT}, {_BOOK}, int in_features, ScalarType dtype) -> Tensor")
 
 
-def _register(kernel: Any, key: str) -> None:
-    """A module's `linear` and `dequantize` for a dispatch key: the schema's list of operands becomes one value."""
+def _register(kernel: Kernel, key: str) -> None:
+    """Register a kernel for a dispatch key: the schema's list of operands becomes one value."""
 
     def linear(x: Tensor, *operands: Any) -> Tensor:
         *tensors, bias, codebook, bits, group_size = operands
-        result: Tensor = kernel.linear(x, Packed._make([*tensors, codebook, bits, group_size]), bias)
-        return result
+        return kernel.linear(x, Packed._make([*tensors, codebook, bits, group_size]), bias)
 
     def dequantize(*operands: Any) -> Tensor:
         *weight, in_features, dtype = operands
-        result: Tensor = kernel.dequantize(Packed._make(weight), in_features, dtype)
-        return result
+        return kernel.dequantize(Packed._make(weight), in_features, dtype)
 
     torch.library.impl("afpq::linear", key, linear)
     torch.library.impl("afpq::dequantize", key, dequantize)
 
 
-_register(reference, "default")
-_register(cpu, "CPU")
-_register(gpu, "CUDA")
+for _key, _kernel in KERNELS.items():
+    _register(_kernel, _key)
+
+
+def prepare(values: tuple[float, ...], bits: int, device: torch.device) -> None:
+    """Make what layers with this codebook keep on `device`, before they run: no CUDA graph may own it.
+
+    `torch.compile(mode="reduce-overhead")` refuses memory that a layer allocates for itself at its first call.
+    """
+    KERNELS.get(device.type.upper(), KERNELS[DEFAULT]).prepare(values, bits, device)
 
 
 def _linear_fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
@@ -64,7 +73,7 @@ def _dequantize_fake(qweight: Tensor, *rest: Any) -> Tensor:
 
 
 def _on_one_device(operands: list[Any]) -> None:
-    """Raises AfpqError where some tensors have numbers and some only shapes: the result would look like numbers."""
+    """Raise AfpqError if some tensors have numbers and some only shapes: the result would look like numbers."""
     places = {operand.device for operand in operands if isinstance(operand, Tensor)}
     if len(places) > 1:
         raise AfpqError(f"operands are on {' and '.join(sorted(map(str, places)))}; move them to one device")
@@ -77,7 +86,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _linear_backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients for x and the bias; the packed weight has none."""
+    """Return gradients for x and the bias; the packed weight has none."""
     grad_x = grad_bias = None
     if context.needs_input_grad[0]:
         weight = torch.ops.afpq.dequantize(*context.saved_tensors, *context.book, context.in_features, grad.dtype)
@@ -94,4 +103,4 @@ torch.library.register_autograd("afpq::linear", _linear_backward, setup_context=
 linear = torch.ops.afpq.linear
 dequantize = torch.ops.afpq.dequantize
 
-__all__ = ["dequantize", "linear", "prepare", "set_compute"]
+__all__ = ["KERNELS", "Kernel", "Packed", "dequantize", "linear", "prepare", "set_compute"]

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The op on GPUs: chooses among the kernels of `triton.py`, which read weights as they are saved.
+"""The ops on GPUs: chooses among the kernels of `triton_kernels.py`, which read weights as they are saved.
 
 Up to 256 tokens: one fused kernel; more: panels are decoded into the cache and multiplied by torch. Errors, relative to
 sum |w x|: values of the code book, and with more than 64 tokens also weights, are rounded to the dtype of x, as the
 reference rounds weights; sums are float32, and added in a fixed order. Float32 inputs take decoded panels.
-Where Triton is not installed the reference computes everything, and a warning says so once.
+If Triton is not installed, the reference computes everything; a warning states it once.
 
-Works in CUDA graphs: nothing waits for the GPU once a layer has run. Counters of programs that share a tile are zero
-between calls; each stream has its own, and each call in a captured graph, so that graphs may run side by side.
+Works in CUDA graphs: nothing waits for the GPU once a layer has run.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ import torch
 from torch import Tensor
 
 from afpq.errors import AfpqError
-from afpq.kernels import reference
+from afpq.kernels import gpu_counters, reference
 from afpq.kernels.gpu_tiles import MOST_TOKENS, Tile, bucket, candidates, fastest, steps_of_a_program, tile_for
 from afpq.kernels.operands import Packed
 
-BITS = (2, 3, 4)
+FAST_BITS: tuple[int, ...] = (2, 3, 4)
+FAST_SCALES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 DTYPES = (torch.float16, torch.bfloat16)
 PANEL = Tile(rows=32, tokens=0, columns=128, warps=4, stages=1)  # decoded by one program
 PANEL_ROWS = 128
-ARENA = 1 << 20  # counters for captured graphs: 4 MiB
 
 
 @cache
 def kernels() -> Any:
-    """The module of kernels; None where Triton is not installed."""
+    """Return the module of kernels, or None if Triton is not installed."""
     try:
         from afpq.kernels import triton_kernels as triton
     except ImportError as error:
@@ -47,7 +46,7 @@ def kernels() -> Any:
 
 @cache  # never given back: captured graphs hold their addresses
 def _tables(values: tuple[float, ...], bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(float32 [2^bits], values; `dtype` [4^bits, 2], the values of each two codes, the even column's code low)."""
+    """Return (values, float32 [2^bits]; values of each two codes, `dtype` [4^bits, 2], the even column's code low)."""
     book = torch.zeros(2**bits)
     book[: len(values)] = torch.tensor(values)
     pairs = torch.stack([book.repeat(2**bits), book.repeat_interleave(2**bits)], -1).to(dtype)
@@ -56,7 +55,7 @@ def _tables(values: tuple[float, ...], bits: int, dtype: torch.dtype, device: to
 
 @cache
 def _fits_16_bits(values: tuple[float, ...]) -> bool:
-    """Whether a code book keeps its precision in float16, with room for products."""
+    """Return whether a codebook keeps its precision in float16, with room for products."""
     return all(v == 0 or 2.0**-12 <= abs(v) <= 2.0**12 for v in values)
 
 
@@ -72,61 +71,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _panel_bytes(device: torch.device) -> int:
-    """Half of the last cache: decoded weights stay in it until they are used."""
+    """Return half of the last cache's size: decoded weights stay in it until they are used."""
     return torch.cuda.get_device_properties(device).L2_cache_size // 2 if device.type == "cuda" else 1 << 20
 
 
-# ---- counters
-
-
-class _Counters:
-    """Zeros that kernels leave as zeros."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.used = device, 0
-        self.arena = torch.zeros(ARENA, dtype=torch.int32, device=device)
-        self.streams: dict[int, Tensor] = {}
-
-    def of_stream(self, stream: int, count: int) -> Tensor:
-        """For calls that run now: one call of a stream comes after the other."""
-        counters = self.streams.get(stream)
-        if counters is None or len(counters) < count:
-            counters = self.streams[stream] = self.fresh(max(count, 1024))
-        return counters
-
-    def fresh(self, count: int) -> Tensor:
-        """Of one's own, as a call needs that is being captured, since nobody knows when its graph will run."""
-        if self.used + count > ARENA:
-            return torch.zeros(count, dtype=torch.int32, device=self.device)
-        self.used += count
-        return self.arena[self.used - count : self.used]
-
-
-_counters: dict[torch.device, _Counters] = {}
-
-
-def _counters_for(device: torch.device, count: int) -> Tensor:
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if device not in _counters:
-        if capturing:  # not filled before the graph runs, so of no use to anybody else
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _counters[device] = _Counters(device)
-    if capturing:
-        return _counters[device].fresh(count)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _counters[device].of_stream(stream, count)
-
-
 def prepare(values: tuple[float, ...], bits: int, device: torch.device) -> None:
-    """Make what layers of this code book keep on a GPU, before they run: no graph may own it.
-
-    `torch.compile(mode="reduce-overhead")` refuses memory that a layer allocates for itself at its first call.
-    """
-    if device.type == "cuda" and bits in BITS and kernels() is not None:
+    """See `Kernel.prepare`: the tables of a codebook, and the counters of a GPU."""
+    if device.type == "cuda" and bits in FAST_BITS and kernels() is not None:
         for dtype in (*DTYPES, torch.float32):
             _tables(values, bits, dtype, device)
-        if device not in _counters:
-            _counters[device] = _Counters(device)
+        gpu_counters.reserve(device)
 
 
 # ---- the choice of a tile
@@ -135,17 +89,17 @@ _tuned: dict[tuple[object, ...], Tile] = {}
 
 
 def _milliseconds(run: Callable[[], object]) -> float | None:
-    """Of one call with cold caches; None where it cannot run, for lack of registers or shared memory mostly."""
+    """Time one call with cold caches; None if it cannot run, mostly for lack of registers or shared memory."""
     import triton
 
     try:
         return float(triton.testing.do_bench(run, warmup=5, rep=30))
-    except Exception:  # whatever the compiler makes of a tile it does not like
+    except Exception:  # the compiler raises many kinds for a tile it cannot build
         return None
 
 
 def _tile(call: _Call, x: Tensor) -> Tile:
-    """From the table; with AFPQ_AUTOTUNE=1 the fastest, measured once for each shape and size of batch."""
+    """Choose a tile from the table; with AFPQ_AUTOTUNE=1 the fastest, measured once for each shape and batch size."""
     capability = _capability(call.device)
     if os.environ.get("AFPQ_AUTOTUNE") != "1":
         return tile_for(capability, len(x))
@@ -181,7 +135,7 @@ class _Call:
         self.aligned = self.row_bytes % 4 == 0 and qweight.data_ptr() % 4 == 0
 
     def fusible(self, tokens: int) -> bool:
-        """Whether the fused kernel can do it: for tiles of 32 columns or more in one group each, and in 16 bits."""
+        """Return whether the fused kernel can compute it: tiles of 32 columns or more in one group each, in 16 bits."""
         if tokens > MOST_TOKENS or self.group % 32 != 0 or not _fits_16_bits(self.values):
             return False
         return self.scale_dtype != torch.float32 or not tile_for(_capability(self.device), tokens).fold
@@ -190,7 +144,7 @@ class _Call:
         return self.rows, self.columns, self.row_bytes, self.groups, self.zero_bytes
 
     def multiply(self, x: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-        """x [tokens, in] -> y [tokens, out]."""
+        """Compute y [tokens, out] from x [tokens, in] by the fused kernel."""
         module, tile = kernels(), tile.within(self.group)
         book, pairs = _tables(self.values, self.bits, x.dtype, self.device)
         tokens, steps = len(x), -(-self.columns // tile.columns)
@@ -201,7 +155,7 @@ class _Call:
         sums = arrived = None
         if splits > 1:
             sums = torch.empty(splits, tokens, self.rows, dtype=torch.float32, device=self.device)
-            arrived = _counters_for(self.device, tiles[0] * tiles[1])
+            arrived = gpu_counters.counters_for(self.device, tiles[0] * tiles[1])
         module.linear[(tiles[0], splits, tiles[1])](
             x, *self.tensors, book, pairs, bias, y, sums, arrived, tokens, *self.sizes(), each,
             BITS=self.bits, GROUP=self.group, ALIGNED=self.aligned, EVEN=self.columns % tile.columns == 0,
@@ -211,7 +165,7 @@ class _Call:
         return y.to(x.dtype)
 
     def decode(self, first: int, w_hat: Tensor) -> Tensor:
-        """Rows `first` and up into w_hat [rows, in]."""
+        """Decode rows `first` and up into w_hat [rows, in]."""
         module = kernels()
         if module.result_dtype(w_hat.dtype) != w_hat.dtype:
             return w_hat.copy_(self.decode(first, w_hat.new_empty(w_hat.shape, dtype=module.result_dtype(w_hat.dtype))))
@@ -225,7 +179,7 @@ class _Call:
         return w_hat
 
     def panels(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """As `multiply`, for any number of tokens: rows decoded into the last cache, and torch's product."""
+        """Compute as `multiply`, for any number of tokens: rows decoded into the last cache, and torch's product."""
         y = x.new_empty(len(x), self.rows)
         size = _panel_bytes(self.device) // (x.element_size() * self.columns)
         size = max(PANEL_ROWS, size // PANEL_ROWS * PANEL_ROWS)  # aligned columns of y, for the fast products
@@ -240,14 +194,24 @@ class _Call:
         return y
 
 
+def _fast(weight: Packed) -> bool:
+    """Return whether there is a kernel for these widths and scales; else the reference computes."""
+    return (
+        weight.bits in FAST_BITS
+        and weight.scales is not None  # the reference refuses it
+        and weight.scales.dtype in FAST_SCALES
+        and kernels() is not None
+    )
+
+
 def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`. Raises AfpqError for operands that do not fit together or are on different devices."""
+    """See `Kernel.linear`. Raises AfpqError for operands that are on different devices too."""
     columns, rows = weight.check_inputs(x, bias), len(weight.qweight)
-    if kernels() is None or weight.bits not in BITS or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
+    if not _fast(weight) or x.dtype not in (*DTYPES, torch.float32) or columns == 0:
         return reference.linear(x, weight, bias)
     call = _Call(weight, columns)
     if x.device != call.device:
@@ -266,10 +230,10 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 
 def dequantize(weight: Packed, in_features: int, dtype: torch.dtype) -> Tensor:
-    """See `reference.dequantize`; equal but for scales on a grid, which come from the GPU's power of two."""
+    """See `Kernel.dequantize`; equals the reference, except scales on a grid: the GPU computes their power of two."""
     weight.check(in_features)
     rows, device = len(weight.qweight), weight.qweight.device
-    if kernels() is None or weight.bits not in BITS or not dtype.is_floating_point or in_features * rows == 0:
+    if not _fast(weight) or not dtype.is_floating_point or in_features * rows == 0:
         return reference.dequantize(weight, in_features, dtype)
     call = _Call(weight, in_features)
     with _on(call.device):

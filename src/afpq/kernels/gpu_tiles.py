@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""How the GPU kernel cuts its work, as data: by compute capability and number of tokens.
+"""Tiles of the GPU kernel, as data: by compute capability and number of tokens.
 
-Chosen by what the compiled code shows (`bench/gpu_code.py`: instructions for each weight, registers, shared memory),
-not by time: nobody has yet run them on these GPUs. `AFPQ_AUTOTUNE=1` measures on the machine at hand instead.
+Chosen by the compiled code (`bench/gpu_code.py`: instructions for each weight, registers, shared memory), not by time:
+they have not been run on these GPUs yet. `AFPQ_AUTOTUNE=1` measures on the present machine instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST_TOKENS = 256  # for more, decoded panels go to the matrix product of torch
 
 @dataclass(frozen=True)
 class Tile:
-    """A program takes `rows` of the weight, `tokens`, and `columns` at a time; `fold`: see `triton.py`.
+    """A program takes `rows` of the weight, `tokens`, and `columns` at a time; `fold`: see `triton_kernels.py`.
 
     Rows are split among programs until there are `programs` for each multiprocessor.
     """
@@ -29,7 +29,7 @@ class Tile:
     programs: int = 2
 
     def within(self, group: int) -> Tile:
-        """The tile whose columns do not cross the borders of groups of this size (a multiple of 32; 0: one group)."""
+        """Return the tile whose columns cross no borders of groups of this size, a multiple of 32 (0: one group)."""
         columns = self.columns
         while group % columns:
             columns //= 2
@@ -60,16 +60,17 @@ TILES: dict[tuple[int, int], dict[int, Tile]] = {(8, 0): _AMPERE, (9, 0): _HOPPE
 
 
 def bucket(tokens: int) -> int:
-    """The key of `TILES` for so many tokens, at most MOST_TOKENS."""
+    """Return the key of `TILES` for so many tokens, at most MOST_TOKENS."""
     return next(most for most in _SMALL if tokens <= most)
 
 
 def tile_for(capability: tuple[int, int], tokens: int) -> Tile:
+    """Return the table's tile for a GPU of this compute capability and so many tokens, at most MOST_TOKENS."""
     return TILES.get(capability, _SMALL)[bucket(tokens)]
 
 
 def steps_of_a_program(tiles: int, steps: int, programs: int, multiprocessors: int) -> int:
-    """How many of the steps along the columns a program takes, so that the busiest multiprocessor has least to do.
+    """Return how many steps along the columns a program takes, so that the busiest multiprocessor has least to do.
 
     `tiles` of the result are shared out, with about `programs` for each multiprocessor or more, to hide latencies;
     starting and ending one costs about as much as a step.
@@ -85,7 +86,7 @@ def steps_of_a_program(tiles: int, steps: int, programs: int, multiprocessors: i
 
 
 def candidates(capability: tuple[int, int], tokens: int) -> list[Tile]:
-    """What autotuning tries: the table's choice first, then its neighbours."""
+    """Return the tiles that autotuning tries: the table's choice first, then its neighbours."""
     tile = tile_for(capability, tokens)
     tiles = [tile]
     for rows, warps in ((64, 4), (128, 4), (128, 8)):
@@ -96,6 +97,6 @@ def candidates(capability: tuple[int, int], tokens: int) -> list[Tile]:
 
 
 def fastest(tiles: list[Tile], seconds: Callable[[Tile], float | None]) -> Tile:
-    """The tile that takes the least time; `seconds` says None for one that cannot run. Ties: the first."""
+    """Return the tile that takes the least time; `seconds` returns None for one that cannot run. Ties: the first."""
     times = [(taken, tile) for tile in tiles if (taken := seconds(tile)) is not None]
     return min(times, key=lambda pair: pair[0])[1] if times else tiles[0]

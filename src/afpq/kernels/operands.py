@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the ops take for a weight, as one value; and the check that it fits together."""
+"""The operands that describe a packed weight, as one value, and the check that they fit together."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,17 +14,25 @@ from torch import Tensor
 
 from afpq.errors import AfpqError
 from afpq.numerics.formats import BITS
-from afpq.numerics.packing import packed_size
+from afpq.numerics.packing import pack, packed_size, unpack
 from afpq.numerics.scale_storage import storage_of
+from afpq.numerics.scheme import Scheme
 
-BOOKS = 2**15  # code books whose checks and tables are remembered: a learned one for each layer, or each expert's
+BOOKS = 2**15  # codebooks whose checks and tables are cached: a learned one for each layer, or for each expert
 
 
 class Packed(NamedTuple):
-    """A packed weight as the ops' schema lists it; tensors as `packing.layout` describes them.
+    """A packed weight, with the fields in the order of the ops' schema; tensors as `packing.layout` describes them.
 
-    `scales_neg` is None where one scale serves both signs, `zeros` where there is no zero point, `grid` where scales
-    are floats. `codebook` has at most 2^bits values.
+    Attributes:
+        qweight: uint8 [out, bytes of a row], codes as one stream of bits.
+        scales: [out, groups], floats, or uint8 together with a grid.
+        scales_neg: the same for negative values; None if one scale serves both signs.
+        zeros: uint8 [groups, bytes], zero points packed along the rows; None without them.
+        grid: float32 [2], low and step of scales that are bytes; None if scales are floats.
+        codebook: at most 2^bits values.
+        bits: of a code.
+        group_size: inputs of a group; -1 for one group a row.
     """
 
     qweight: Tensor
@@ -35,14 +44,41 @@ class Packed(NamedTuple):
     bits: int
     group_size: int
 
-    def check(self, columns: int) -> tuple[int, int]:
-        """(groups of a row, bytes of a group's zero points), for rows of so many columns.
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Scheme) -> Packed:
+        """Return the operands of a weight from its saved tensors, by the names of `packing.layout`."""
+        first, book = "scales_pos" if scheme.two_scales else "scales", scheme.format
+        neg, zeros, grid = (tensors.get(name) for name in ("scales_neg", "zeros", "scale_grid"))
+        values = list(book.values)
+        return cls(tensors["qweight"], tensors[first], neg, zeros, grid, values, book.bits, scheme.group_size)
 
-        Kernels address memory by what these say, so it comes before any of them. Raises AfpqError that names what does
-        not fit.
+    def arguments(self, bias: Tensor | None = None) -> tuple[object, ...]:
+        """Return what `kernels.linear` takes after x."""
+        return (*self[:5], bias, *self[5:])
+
+    def rows(self, first: int, last: int) -> Packed:
+        """Return the operands of rows [first, last); a slice ends at the last row, as in Python.
+
+        Views, except zero points of rows that do not begin on a whole byte: these are packed anew.
+        """
+        zeros = self.zeros
+        if zeros is not None:
+            zeros = zeros_of_rows(zeros, self.bits, len(self.qweight), first, last)
+        return self._replace(
+            qweight=self.qweight[first:last],
+            scales=self.scales[first:last],
+            scales_neg=None if self.scales_neg is None else self.scales_neg[first:last],
+            zeros=zeros,
+        )
+
+    def check(self, columns: int) -> tuple[int, int]:
+        """Return (groups of a row, bytes of a group's zero points) for rows of so many columns.
+
+        Kernels address memory by these operands, so the check comes before any of them. Raises AfpqError that names
+        what does not fit.
         """
         qweight, scales, scales_neg, zeros, grid, codebook, bits, group_size = self
-        if qweight is None or scales is None:  # which torch lets pass for a tensor
+        if qweight is None or scales is None:  # torch accepts None for a tensor
             raise AfpqError("a weight needs qweight and scales")
         if bits not in BITS or columns < 0 or (group_size < 1 and group_size != -1):
             raise AfpqError(f"{bits} bits, {columns} columns in groups of {group_size}: no such weight")
@@ -77,7 +113,7 @@ class Packed(NamedTuple):
         return groups, zero_bytes
 
     def check_inputs(self, x: Tensor, bias: Tensor | None) -> int:
-        """Columns of x. Raises AfpqError unless it has some dimension, and the bias one number for each row."""
+        """Return the columns of x. Raises AfpqError unless it has a dimension, and the bias one number for each row."""
         if x is None or self.qweight is None or x.dim() == 0 or self.qweight.dim() != 2:
             raise AfpqError("inputs [..., in_features] and a qweight of two dimensions are needed")
         if bias is not None and bias.shape != self.qweight.shape[:1]:
@@ -85,9 +121,18 @@ class Packed(NamedTuple):
         return x.shape[-1]
 
 
+def zeros_of_rows(zeros: Tensor, bits: int, size: int, first: int, last: int) -> Tensor:
+    """Return the zero points [groups, bytes] of rows [first, last), from those of `size` rows; a view if possible."""
+    last = min(last, size)
+    if first % 8:  # whole bytes at any width
+        return pack(unpack(zeros, bits, size)[:, first:last], bits)
+    part = zeros[:, packed_size(first, bits) : packed_size(last, bits)]
+    return part if last % 8 == 0 or last == size else pack(unpack(part, bits, last - first), bits)  # padded with zeros
+
+
 @lru_cache(maxsize=BOOKS)
 def _counts(values: tuple[float, ...]) -> bool:
-    """Whether a code book is of consecutive integers. Raises AfpqError for NaN or Inf in it."""
+    """Return whether a codebook is of consecutive integers. Raises AfpqError for NaN or Inf in it."""
     if not all(map(math.isfinite, values)):
         raise AfpqError("the code book holds NaN or Inf")
     return all(b - a == 1 for a, b in pairwise(values))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The device code of the GPU kernels; `gpu.py` decides what runs, and imports this file where Triton is installed.
+"""The device code of the GPU kernels; `gpu.py` decides what runs, and imports this file if Triton is installed.
 
 Weights are read as they are saved: a row is a little-endian stream of bits, 32-bit words here (3 bits: 32 codes in
 three words). Two neighbouring codes are one index into a table of pairs, [4^BITS] words of two 16-bit values, so a
-lookup decodes two weights and the code book stays an operand. A tile of weights is the left operand of the tensor
+lookup decodes two weights and the codebook stays an operand. A tile of weights is the left operand of the tensor
 cores, y^T = W x^T, so that up to 16 tokens cost what one costs.
 
 Two scales: w = mean * c + half * |c| with mean = (s+ + s-)/2 and half = (s+ - s-)/2. So up to 16 tokens a group is two
@@ -11,8 +11,8 @@ products, C x and |C| x, in float32 with exact code values, and scales are appli
 more tokens, where a second product would cost more than it saves, weights are scaled in the dtype of x instead:
 w = s+ max(c, 0) + s- min(c, 0), where one of the two is zero.
 
-`PORTABLE` replaces inline assembly by plain Triton, for the interpreter and other makers' GPUs. What to stay away from:
-`tl.gather` and `tl.where` for each weight, which take 2 to 10 times the instructions.
+`PORTABLE` replaces inline assembly by plain Triton, for the interpreter and other makers' GPUs. `tl.gather` and
+`tl.where` for each weight are avoided: they take 2 to 10 times the instructions.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ PORTABLE = INTERPRETED or torch.version.hip is not None  # assembly is NVIDIA's
 
 
 def product_dtype(dtype):
-    """T of `linear` for inputs of this dtype: the same, but the interpreter cannot multiply in bfloat16."""
+    """Return T of `linear` for inputs of this dtype: the same, but the interpreter cannot multiply in bfloat16."""
     if dtype == torch.float16:
         return tl.float16
     return tl.float32 if INTERPRETED else tl.bfloat16
 
 
 def result_dtype(dtype):
-    """What kernels write results of this dtype as: the same, but the interpreter does not round to bfloat16."""
+    """Return the dtype that kernels write results in: the same, but the interpreter does not round to bfloat16."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 @triton.jit
 def _halves(pairs, index, T: tl.constexpr, PORTABLE: tl.constexpr):
-    """(even, odd) columns' values in a 16-bit dtype T, from a table of words.
+    """Return (even, odd) columns' values in a 16-bit dtype T, from a table of words.
 
     In assembly, since the compiler sends a `tl.load` on a detour through shared memory.
     """
@@ -55,7 +55,7 @@ def _halves(pairs, index, T: tl.constexpr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def _floats(pairs, index, PORTABLE: tl.constexpr):
-    """(even, odd) columns' values in float32, from a table of two floats."""
+    """Return (even, odd) columns' values in float32, from a table of two floats."""
     if PORTABLE:
         return tl.load(pairs + 2 * index), tl.load(pairs + 2 * index + 1)
     return tl.inline_asm_elementwise(
@@ -66,7 +66,7 @@ def _floats(pairs, index, PORTABLE: tl.constexpr):
 
 @triton.jit
 def _word(q, row, word, row_bytes, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
-    """32 bits of a row of the packed weight; zeros past its end. Rows that do not start at a word are read by bytes."""
+    """Load 32 bits of a row of the packed weight, zeros past its end. Rows not aligned to words are read by bytes."""
     inside = word * 4 < row_bytes
     if ALIGNED:
         words = q.to(tl.pointer_type(tl.uint32), bitcast=True) + row * (row_bytes // 4) + word
@@ -83,7 +83,7 @@ def _word(q, row, word, row_bytes, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _indices(q, row, k, row_bytes, BITS: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
-    """Two codes each of columns k .. k + BK of rows [BN, 1], as indices into a table of pairs, [BN, BK / 2].
+    """Return two codes each of columns k .. k + BK of rows [BN, 1], as indices into a table of pairs, [BN, BK / 2].
 
     A unit of words has 4, 8 or 16 pairs; each join adds a bit of the pair's number, the highest first.
     """
@@ -110,7 +110,7 @@ def _indices(q, row, k, row_bytes, BITS: tl.constexpr, BK: tl.constexpr, ALIGNED
 
 @triton.jit
 def _zero(zeros, row, group, N, zero_bytes, BITS: tl.constexpr):
-    """Zero points (codes) of a group, [BN]: row r has bits BITS * r and up."""
+    """Load zero points (codes) of a group, [BN]: row r has bits BITS * r and up."""
     byte = row * BITS // 8
     at = zeros + group * zero_bytes + byte
     field = tl.load(at, mask=row < N, other=0).to(tl.int32)
@@ -121,7 +121,7 @@ def _zero(zeros, row, group, N, zero_bytes, BITS: tl.constexpr):
 
 @triton.jit
 def _scale(scales, grid, at):
-    """Scales, float32; a byte is a sign and the k of 2^(low + step * k)."""
+    """Load scales as float32; a byte is a sign and the k of 2^(low + step * k)."""
     stored = tl.load(scales + at)
     if grid is None:
         scale = stored.to(tl.float32)
@@ -129,6 +129,39 @@ def _scale(scales, grid, at):
         size = tl.exp2(tl.load(grid) + tl.load(grid + 1) * (stored & 127).to(tl.float32))
         scale = tl.where(stored > 127, -size, size)
     return scale
+
+
+@triton.jit
+def _add_products(
+    acc, w, xt, scales, scales_neg, zeros, grid, book, row, group, groups, N, zero_bytes,
+    BITS: tl.constexpr, FOLD: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Return acc [BN, BM] + the products of code values w [BN, BK] and inputs xt [BK, BM], all of one group.
+
+    With two scales and without FOLD the sums are twice the products: `linear` halves them at the end.
+    """
+    at = row.to(tl.int64) * groups + group
+    pos = _scale(scales, grid, at)[:, None]
+    if zeros is not None:
+        zero = tl.load(book + _zero(zeros, row, group, N, zero_bytes, BITS))[:, None]
+        if FOLD:
+            acc = tl.dot(((w - zero.to(T)) * pos.to(T)).to(T), xt, acc)
+        else:
+            acc += pos * (tl.dot(w, xt) - zero * tl.sum(xt.to(tl.float32), 0)[None, :])
+    elif scales_neg is not None:
+        neg = _scale(scales_neg, grid, at)[:, None]
+        if FOLD:
+            nothing = tl.zeros_like(w)
+            above, below = tl.maximum(w, nothing), tl.minimum(w, nothing)
+            acc = tl.dot((above * pos.to(T) + below * neg.to(T)).to(T), xt, acc)
+        else:
+            acc += (pos + neg) * tl.dot(w, xt)
+            acc += (pos - neg) * tl.dot(tl.abs(w), xt)
+    elif FOLD:
+        acc = tl.dot((w * pos.to(T)).to(T), xt, acc)
+    else:
+        acc += pos * tl.dot(w, xt)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "groups", "zero_bytes", "steps"])
@@ -139,12 +172,13 @@ def linear(
     SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] w_hat^T + bias. A program has BN rows of w_hat, BM tokens and `steps` tiles of BK columns.
+    """Compute y [M, N] = x [M, K] w_hat^T + bias.
 
+    A program has BN rows of w_hat, BM tokens and `steps` tiles of BK columns.
     GROUP is a multiple of BK, or 0 for a single group a row. Operands that the scheme does not have are None. Programs
     that share a tile of y leave their sums in `sums` [splits, M, N]; the last to arrive adds them up in order, so
-    results do not depend on who that is, and sets the counter back for the next call. T is the dtype of the products,
-    see `product_dtype`.
+    results do not depend on which one that is, and sets the counter back for the next call. T is the dtype of the
+    products, see `product_dtype`.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     n, m = tile * BN + tl.arange(0, BN), tl.program_id(2) * BM + tl.arange(0, BM)
@@ -165,27 +199,9 @@ def linear(
             inside &= k + columns[:, None] < K
         xt = tl.load(x + m[None, :].to(tl.int64) * K + k + columns[:, None], mask=inside, other=0.0).to(T)
         group = k // GROUP if GROUP else 0
-        at = row.to(tl.int64) * groups + group
-        pos = _scale(scales, grid, at)[:, None]
-        if zeros is not None:
-            zero = tl.load(book + _zero(zeros, row, group, N, zero_bytes, BITS))[:, None]
-            if FOLD:
-                acc = tl.dot(((w - zero.to(T)) * pos.to(T)).to(T), xt, acc)
-            else:
-                acc += pos * (tl.dot(w, xt) - zero * tl.sum(xt.to(tl.float32), 0)[None, :])
-        elif scales_neg is not None:
-            neg = _scale(scales_neg, grid, at)[:, None]
-            if FOLD:
-                nothing = tl.zeros_like(w)
-                above, below = tl.maximum(w, nothing), tl.minimum(w, nothing)
-                acc = tl.dot((above * pos.to(T) + below * neg.to(T)).to(T), xt, acc)
-            else:
-                acc += (pos + neg) * tl.dot(w, xt)
-                acc += (pos - neg) * tl.dot(tl.abs(w), xt)
-        elif FOLD:
-            acc = tl.dot((w * pos.to(T)).to(T), xt, acc)
-        else:
-            acc += pos * tl.dot(w, xt)
+        acc = _add_products(
+            acc, w, xt, scales, scales_neg, zeros, grid, book, row, group, groups, N, zero_bytes, BITS, FOLD, T
+        )  # fmt: skip
     if scales_neg is not None and not FOLD:
         acc *= 0.5
     stored = (n[:, None] < N) & (m[None, :] < M)
@@ -193,7 +209,7 @@ def linear(
     if SPLIT:
         size = M.to(tl.int64) * N
         tl.store(sums + split * size + at, acc, mask=stored)
-        tl.debug_barrier()  # all threads have stored before one of them says so
+        tl.debug_barrier()  # all threads have stored before one of them counts
         counter = arrived + tl.program_id(2) * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") < tl.num_programs(1) - 1:
             return
@@ -212,7 +228,7 @@ def dequantize(
     BITS: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """w_hat [rows, K] = rows `first` and up of the weight; any GROUP, or 0 for a single group a row.
+    """Compute w_hat [rows, K] = rows `first` and up of the weight; any GROUP, or 0 for a single group a row.
 
     Computed in float32, and rounded once.
     """
