@@ -22,7 +22,7 @@ from afpq.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
 from afpq.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
 from afpq.errors import AfpqError
 from afpq.kernels.operands import Packed, zeros_of_rows
-from afpq.numerics.scales import check_scales_finite
+from afpq.numerics.scale_storage import check_scales_finite
 
 ROWS_FIRST = ("qweight", "scales", "scales_pos", "scales_neg")  # parts whose first dimension is the weight's rows
 
