@@ -148,7 +148,7 @@ def about(test: str) -> str:
     return f"{room}.{name}".removeprefix(".").replace("test_", "", 1)
 
 
-def tested(tests: set[str]) -> set[str]:
+def covered(tests: set[str]) -> set[str]:
     """The modules that these modules of tests are about."""
     return {about(test) for test in tests} | {module for test in tests for module in ABOUT.get(test, ())}
 
@@ -181,7 +181,7 @@ def test_rooms_import_only_rooms_before_them() -> None:
 
 def test_every_file_has_tests_of_its_name() -> None:
     modules, tests = modules_and_tests()
-    assert modules - tested(tests) - MISSING == set()
+    assert modules - covered(tests) - MISSING == set()
 
 
 def test_tests_are_named_after_the_file_they_are_about() -> None:
@@ -192,7 +192,7 @@ def test_tests_are_named_after_the_file_they_are_about() -> None:
 
 def test_the_lists_of_exceptions_hold_no_more_than_they_must() -> None:
     modules, tests = modules_and_tests()
-    assert modules & MISSING - tested(tests) == MISSING
+    assert modules & MISSING - covered(tests) == MISSING
     assert tests & STRAY == STRAY
     assert ABOUT.keys() <= tests and modules >= {module for about_these in ABOUT.values() for module in about_these}
     assert {name_of_tests(file) for file in TEST_FILES} >= OF_MANY
