@@ -40,20 +40,10 @@ OF_MANY = {
     "test_security", "kernels.test_csrc",
 }  # fmt: skip
 MISSING = {
-    "algorithms.layer_problem",
-    "commands.quantize",
-    "integrations.lora_merge",
-    "integrations.quantize_loaded",
-    "jobs.chosen_overrides",
-    "jobs.chosen_shares",
-    "jobs.sensitivity_file",
-    "jobs.tuned_values",
     "kernels.gpu_tiles",
     "kernels.operands",
     "kernels.reference",
     "kernels.triton_kernels",
-    "model.apply_folds",
-    "model.replace_ends",
 }  # files without a test of their name
 STRAY = {"kernels.test_kernels"}  # tests without a file of their name
 
