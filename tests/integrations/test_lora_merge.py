@@ -33,6 +33,9 @@ from afpq.integrations.lora_merge import requantized
 from afpq.integrations.peft import AfpqLoraLinear
 from afpq.model.quantize_in_memory import quantize_model
 
+# Transformers warns of its own name, at the place of whoever catches warnings.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 
 @lossy
 @pytest.mark.parametrize("kind", KINDS)
