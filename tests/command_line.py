@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import afpq
+from afpq.checkpoint.reader import WEIGHTS
 from afpq.cli import main
 
 
@@ -96,3 +98,9 @@ def packed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("packed") / "nf3"
     afpq.quantize(tiny_model_dir, out, "nf3-asym-g64")
     return out
+
+
+def with_nan(directory: Path) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})

@@ -90,7 +90,7 @@ def quantized(original: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(kind: str) -> Path:
         if kind not in made:
             made[kind] = place / kind
-            afpq.quantize(original(kind), made[kind], SCHEME, measured=False, **ends(kind))
+            afpq.quantize(original(kind), made[kind], SCHEME, evaluate=False, **ends(kind))
         return made[kind]
 
     return make
@@ -204,7 +204,7 @@ DROPPED = (AssertionError, "the scales of a tied head are tuned and measured, an
 @pytest.mark.parametrize("kind", broken(DECODERS, {"tied": DROPPED}))
 def test_the_end_pass_states_the_kl_of_what_is_saved(kind: str, original: Make, tmp_path: Path) -> None:
     options: dict[str, Any] = {**CALIBRATION, "end_pass": 8, **ends(kind)}
-    afpq.quantize(original(kind), tmp_path / "out", SCHEME, measured=False, **options)
+    afpq.quantize(original(kind), tmp_path / "out", SCHEME, evaluate=False, **options)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["end_pass"]
     windows = prepare(original(kind), Recipe(parse_scheme(SCHEME), end_pass=8), **CALIBRATION).windows
     assert windows is not None and stated["kept_step"] > 0
@@ -218,7 +218,7 @@ def test_the_end_pass_states_the_kl_of_what_is_saved(kind: str, original: Make, 
 def test_a_bit_budget_is_kept_by_what_is_loaded(kind: str, original: Make, tmp_path: Path) -> None:
     candidates = ("nf2-asym-g32", "nf4-asym-g32")
     options: dict[str, Any] = {**CALIBRATION, "bits_per_weight": 4.3, "candidates": candidates, **ends(kind)}
-    plan = afpq.quantize(original(kind), tmp_path / "out", SCHEME, measured=False, **options)
+    plan = afpq.quantize(original(kind), tmp_path / "out", SCHEME, evaluate=False, **options)
     model = load(tmp_path / "out")
     layers = {t.module: model.get_submodule(t.module) for t in plan.block_targets}
     stored = sum(tensor.nbytes for layer in layers.values() for tensor in layer.packed().values())

@@ -14,7 +14,7 @@ from conftest import save_tokenizer
 
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme
-from afpq.algorithms import LayerStatistics, quantize_gptq, quantize_rtn
+from afpq.algorithms import LayerStatistics, quantize_gptq
 from afpq.algorithms.layer_problem import LayerProblem, Solution
 from afpq.algorithms.methods import METHODS, Cost, Method, Traits
 from afpq.algorithms.solver_options import GptqOptions, SolverOptions, option
@@ -135,13 +135,6 @@ def test_guided_gptq_needs_gradients_that_are_there() -> None:
     assert torch.equal(found.weight.codes, quantize_gptq(W, statistics.H, SCHEME)[0].codes)
     guided = METHODS["tune"].solve(replace(problem, statistics=replace(statistics, G=g.T @ g)))
     assert guided.method is None and not torch.equal(guided.weight.codes, found.weight.codes)
-
-
-def test_rounding_to_nearest_is_shared_by_those_who_need_it() -> None:
-    W = torch.randn(8, 32)
-    problem = LayerProblem(W, None, SCHEME, SolverOptions(), "absmax")
-    assert METHODS["rtn"].solve(problem).weight is problem.nearest
-    assert torch.equal(problem.nearest.codes, quantize_rtn(W, SCHEME).codes)
 
 
 def test_a_larger_layer_costs_more() -> None:

@@ -222,7 +222,7 @@ def test_imported_and_exported_models_have_checksums(tiny_copy: Path, whole: Pat
 def test_an_end_pass_and_a_resumed_run_have_the_checksums_of_the_end(tiny_model_dir: Path, tmp_path: Path) -> None:
     text = "".join(chr(97 + i * i % 26) for i in range(2000))
     calibration = afpq.CalibrationSettings(samples=4, seq_len=32)
-    afpq.quantize(tiny_model_dir, tmp_path / "out", text=text, settings=calibration, end_pass=2, measured=False)
+    afpq.quantize(tiny_model_dir, tmp_path / "out", text=text, settings=calibration, end_pass=2, evaluate=False)
     assert verify(tmp_path / "out").intact
 
 

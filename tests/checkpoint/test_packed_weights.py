@@ -22,7 +22,7 @@ SCHEMES = ["nf4-asym-g32", "nf3-sym-g64", "int3-asym-g32", "int4-asym-g32", "nf2
 
 def quantized(directory: Path, scheme: str) -> Path:
     save_llama(directory / "model")
-    quantize(directory / "model", directory / "q", scheme, measured=False)
+    quantize(directory / "model", directory / "q", scheme, evaluate=False)
     return directory / "q"
 
 
@@ -67,7 +67,7 @@ def test_all_other_tensors_are_plain_and_the_config_is_there(tmp_path: Path) -> 
 
 def test_biases_and_a_quantized_embedding(tmp_path: Path) -> None:
     save_tied_qwen2(tmp_path / "model")
-    quantize(tmp_path / "model", tmp_path / "q", "nf4-asym-g32", embedding="nf4-asym-g64", measured=False)
+    quantize(tmp_path / "model", tmp_path / "q", "nf4-asym-g32", embedding="nf4-asym-g64", evaluate=False)
     checkpoint = open_packed(tmp_path / "q")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     name = "model.layers.0.self_attn.q_proj"

@@ -29,7 +29,7 @@ def plan(tiny_model_dir: Path) -> Plan:
 
 @pytest.fixture
 def out(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    quantize(tiny_model_dir, tmp_path / "out", SCHEME, measured=False)
+    quantize(tiny_model_dir, tmp_path / "out", SCHEME, evaluate=False)
     return tmp_path / "out"
 
 

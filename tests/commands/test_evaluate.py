@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from command_line import TEXT, Cli, assert_refused, read_json
 from command_line import cli as cli  # the fixtures
 from command_line import packed as packed
 from command_line import text as text
-from conftest import ModelMaker
+from conftest import ModelMaker, edit_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from afpq.checkpoint.reader import WEIGHTS
 from afpq.evaluation.perplexity import evaluate
 from afpq.evaluation.text import tokenize, windows
 from afpq.kernels import set_compute
@@ -129,3 +133,37 @@ def test_generate_in_either_arithmetic(cli: Cli, packed: Path) -> None:
 )
 def test_bad_options_of_generate(cli: Cli, packed: Path, options: list[str]) -> None:
     assert_refused(cli("generate", packed, *options))
+
+
+@pytest.mark.parametrize("command", ["eval", "info", "generate"])
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [({"version": 99}, "99"), ({"quant_method": "mystery"}, "mystery"), ({"bits": 3, "format": "nf4"}, "nf4")],
+    ids=str,
+)
+def test_a_quantization_config_that_cannot_be_read(
+    cli: Cli, packed: Path, tmp_path: Path, text: Path, command: str, keys: dict[str, object], word: str
+) -> None:
+    model = Path(shutil.copytree(packed, tmp_path / "model"))
+    old = json.loads((model / "config.json").read_text())["quantization_config"]
+    edit_config(model, quantization_config={**old, **keys})
+    options: dict[str, list[str]] = {"eval": ["--text", str(text)], "info": [], "generate": ["hello"]}
+    assert_refused(cli(command, model, *options[command]), word)
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_model_without_a_tokenizer(cli: Cli, packed: Path, tmp_path: Path, text: Path, command: str) -> None:
+    model = Path(shutil.copytree(packed, tmp_path / "model"))
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(cli(command, model, *(["--text", text] if command == "eval" else ["hello"])), str(model))
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_model_that_lacks_a_weight(cli: Cli, tiny_copy: Path, text: Path, command: str, name: str) -> None:
+    """Transformers would fill it with random numbers, and the results would look like results."""
+    tensors = load_file(tiny_copy / WEIGHTS)
+    del tensors[name]
+    save_file(tensors, tiny_copy / WEIGHTS, {"format": "pt"})
+    assert_refused(cli(command, tiny_copy, *(["--text", text] if command == "eval" else ["hello"])), name)

@@ -39,7 +39,7 @@ def test_a_model_is_loaded_as_the_class_its_config_names(tmp_path: Path, make: A
 
 
 def test_a_quantized_model_keeps_its_scales_and_computes_in_float32(tiny_model_dir: Path, tmp_path: Path) -> None:
-    afpq.quantize(tiny_model_dir, tmp_path / "out", "nf4-asym-g32", measured=False)
+    afpq.quantize(tiny_model_dir, tmp_path / "out", "nf4-asym-g32", evaluate=False)
     layer = load_model(tmp_path / "out", device="cpu").model.layers[0].mlp.up_proj
     assert isinstance(layer, AfpqLinear) and layer.scales_pos.dtype == torch.float16 and layer.dtype == torch.float32
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Transformers plug-in: quantizing while loading, saving, loading, and refusing what is broken."""
+"""The Transformers plug-in: saving, loading, configs, and refusing what is broken."""
 
 from __future__ import annotations
 
@@ -15,64 +15,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import edit_weights
+from loaded_models import CONFIGS, IDS, UP, WEIGHTS, load, logits, schemes_of
+from loaded_models import saved as saved  # the fixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from afpq import AfpqConfig, AfpqError, AfpqLinear, parse_scheme, quantize
+from afpq import AfpqConfig, AfpqError, parse_scheme, quantize
 
-IDS = torch.arange(0, 240, 5).view(2, 24)
-WEIGHTS = "model.safetensors"
 REPOSITORY = Path(__file__).parents[2]
-
-
-def load(directory: Path, *, auto: Any = AutoModelForCausalLM, dtype: Any = torch.float32, **options: Any) -> Any:
-    return auto.from_pretrained(directory, dtype=dtype, **options).eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits  # type: ignore[no-any-return]
-
-
-def schemes_of(model: nn.Module) -> dict[str, str]:
-    return {name: str(m.scheme) for name, m in model.named_modules() if isinstance(m, AfpqLinear)}
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as nf3-asym-g64, for tests that only read it."""
-    out = tmp_path_factory.mktemp("saved") / "nf3"
-    quantize(tiny_model_dir, out, "nf3-asym-g64")
-    return out
 
 
 @pytest.fixture
 def saved_copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "saved"))
-
-
-CONFIGS: list[tuple[str, dict[str, Any]]] = [
-    ("nf4-asym-g64-log8", {"bits": 4}),
-    ("nf4-asym-g128", {"group_size": 128, "scale_dtype": "float16"}),
-    ("nf3-asym-g64-log8", {"format": "nf3"}),
-    ("nf3-sym-g32", {"scale_dtype": "float16", "bits": 3, "sym": True, "group_size": 32}),
-    ("int4-asym-g32", {"scale_dtype": "float16", "format": "int4", "group_size": 32}),
-    ("fp4-asym-g-1", {"scale_dtype": "float16", "format": "fp4", "group_size": -1}),
-    ("int8-sym-g64", {"scale_dtype": "float16", "bits": 8, "sym": True, "group_size": 64}),
-]
-
-
-@pytest.mark.parametrize(("scheme", "keys"), CONFIGS, ids=[scheme for scheme, _ in CONFIGS])
-def test_quantizing_on_load_equals_quantizing_beforehand(
-    tiny_model_dir: Path, tmp_path: Path, scheme: str, keys: dict[str, Any]
-) -> None:
-    quantize(tiny_model_dir, tmp_path / "out", scheme)
-    on_load = load(tiny_model_dir, quantization_config=AfpqConfig(**keys))
-    before = load(tmp_path / "out")
-    assert set(schemes_of(on_load).values()) == {scheme}
-    assert schemes_of(on_load) == schemes_of(before)
-    assert torch.equal(logits(on_load), logits(before))
 
 
 @pytest.mark.parametrize(("scheme", "keys"), CONFIGS, ids=[scheme for scheme, _ in CONFIGS])
@@ -89,17 +45,6 @@ def test_saving_and_loading_changes_nothing(
     again.save_pretrained(tmp_path / "again")
     one, two = load_file(tmp_path / "saved" / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
-
-
-def test_both_ways_save_the_same_tensors_and_config(tiny_model_dir: Path, saved: Path, tmp_path: Path) -> None:
-    config = AfpqConfig(format="nf3", group_size=64, scale_dtype="float16")
-    load(tiny_model_dir, dtype=torch.float16, quantization_config=config).save_pretrained(tmp_path / "on_load")
-    ours, theirs = load_file(saved / WEIGHTS), load_file(tmp_path / "on_load" / WEIGHTS)
-    assert set(ours) == set(theirs)
-    assert all(ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours)
-    keys = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (saved, tmp_path / "on_load")]
-    keys[0].pop("made_by", None)
-    assert keys[0] == keys[1]
 
 
 def test_the_model_fits_its_own_weights_in_memory(saved: Path, tiny_model_dir: Path) -> None:
@@ -270,9 +215,6 @@ def edit_keys(directory: Path, **changes: Any) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-UP = "model.layers.1.mlp.up_proj"
-
-
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel], ids=["head", "no head"])
 @pytest.mark.parametrize(
     ("change", "culprit"),
@@ -321,19 +263,6 @@ def test_an_unknown_version_is_an_error(saved_copy: Path, version: Any) -> None:
     edit_keys(saved_copy, version=version)
     with pytest.raises(AfpqError, match="version"):
         load(saved_copy)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_unusable_weight_on_load_is_named(tiny_copy: Path, value: float) -> None:
-    edit_weights(tiny_copy, lambda t: t[f"{UP}.weight"][3].fill_(value))
-    with pytest.raises(AfpqError, match=rf"{UP}\.weight.*NaN or Inf"):
-        load(tiny_copy, quantization_config=AfpqConfig(bits=4))
-
-
-def test_a_missing_weight_on_load_is_named(tiny_copy: Path) -> None:
-    edit_weights(tiny_copy, lambda t: t.pop(f"{UP}.weight"))
-    with pytest.raises(AfpqError, match=rf"{UP}\.weight"):
-        load(tiny_copy, quantization_config=AfpqConfig(bits=4))
 
 
 def test_a_missing_bias_of_a_packed_layer_is_an_error(tmp_path: Path) -> None:
@@ -410,11 +339,9 @@ def test_oldest_supported_transformers(version: str) -> None:
 
     assert python("-c", "import transformers; print(transformers.__version__)").stdout.strip() == version
     names = (
-        "integrations/test_transformers.py",
-        "integrations/test_guarded_saves.py",
-        "model/test_dequantize.py",
-        "test_families.py",
-    )
+        "integrations/test_transformers.py", "integrations/test_guarded_saves.py", "integrations/test_quantize_loaded.py",
+        "model/test_dequantize.py", "test_families.py",
+    )  # fmt: skip
     files = (str(REPOSITORY / "tests" / name) for name in names)
     done = python("-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from budget_jobs import FEW, SETTINGS, TEXT, job
+from budget_jobs import chosen as chosen  # the fixture
 from conftest import save_tokenizer
 from families import slow_but_for
 from gradient_runs import save
@@ -18,33 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import afpq
-from afpq import AfpqError, Recipe, parse_scheme
-from afpq.calibration.sensitivity import GroupLosses, kind_of_layer
+from afpq import AfpqError, parse_scheme
+from afpq.calibration.sensitivity import kind_of_layer
 from afpq.evaluation.loading import load_model
-from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes, make_budget
-from afpq.jobs.chosen_overrides import pattern_of, with_choice
-from afpq.jobs.prepare import BudgetSearch, CalibrationSettings, Job, Texts, prepare
-from afpq.jobs.sensitivity_file import read_losses
-from afpq.model.blocks import find_blocks
+from afpq.jobs.bit_budget import CANDIDATES, Budget, choose_schemes
+from afpq.jobs.prepare import Job
 
-TEXT = "".join(chr(32 + (i * i * 7 + i // 3) % 90) for i in range(4000))
-SETTINGS = CalibrationSettings(samples=6, seq_len=48)
-FEW = ("nf2-asym-g64-log8", "nf3-asym-g64-log8", "nf4-sym-g64-log8", "nf4-asym-g32-log8")
 FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-
-
-def job(model: Path, bits: float, file: Path | None = None, method: str = "rtn", **changes: Any) -> Job:
-    recipe = Recipe(parse_scheme("nf4-asym-g64-log8"), method, **changes)
-    budget = make_budget(bits, FEW)
-    search = BudgetSearch(budget, file)
-    return prepare(model, recipe, Texts(TEXT, evaluate=False), settings=SETTINGS, search=search)
-
-
-@pytest.fixture(scope="module")
-def chosen(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """A job at 3.5 bits, and the file of what was measured for it."""
-    file = tmp_path_factory.mktemp("sensitivities") / "losses.json"
-    return job(tiny_model_dir, 3.5, file), file
 
 
 @settings(max_examples=30)
@@ -177,13 +158,6 @@ def test_a_stopped_run_goes_on_without_measuring(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"groups": 3}', '{"measured_on": {}, "groups": [{}]}'])
-def test_a_file_of_something_else_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(AfpqError, match=r"a\.json"):
-        read_losses(tmp_path / "a.json", {"text": "x"})
-
-
 @pytest.mark.parametrize(("bits", "candidates", "words"), [
     (2.0, FEW, ["weight 2:", "2.2812 to 4.5146"]), (9.0, FEW, ["4.5146"]), (0.0, FEW, ["use a number"]),
     (float("nan"), FEW, ["use a number"]), (3.5, (), ["no candidates"]), (3.5, ("nf9-asym-g64",), ["nf9"]),
@@ -216,29 +190,3 @@ def test_a_file_that_lacks_something_is_named(chosen: tuple[Job, Path], tmp_path
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(AfpqError, match=r"a\.json: does not hold these"):
         job(chosen[0].plan.checkpoint.directory, 3.5, tmp_path / "a.json")
-
-
-NUMBERS = st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True)
-
-
-@given(parts=st.dictionaries(st.sampled_from(["a.q", "a.k", "m.up", "experts.*.w1"]), NUMBERS, min_size=1))
-def test_a_pattern_matches_its_layers_and_no_others(parts: dict[str, list[int]]) -> None:
-    blocks = [f"model.layers.{number}" for number in range(13)]
-    names = [f"model.layers.{number}.{inside}" for inside, numbers in parts.items() for number in numbers]
-    pattern = pattern_of(names, blocks, "model.")
-    for block in blocks:
-        for inside in ("a.q", "a.k", "m.up", "experts.*.w1", "m.upper", "b.a.q", "a.q.b"):
-            name = f"{block}.{inside}"
-            real = name.replace("*", "17")
-            for seen in (real, real.removeprefix("model.")):
-                assert (re.search(pattern, seen) is not None) == (name in names), (pattern, seen)
-
-
-def test_the_scheme_of_most_weights_is_the_recipes_own(chosen: tuple[Job, Path]) -> None:
-    job, _ = chosen
-    groups = [GroupLosses((target.module,), (0.0,)) for target in job.plan.block_targets]
-    assert job.choice is not None
-    one = replace(job.choice, groups=tuple(groups), schemes=(parse_scheme(FEW[1]),) * len(groups))
-    recipe = with_choice(Recipe(parse_scheme("int4-asym-g64")), one, job.plan, job.model)
-    assert str(recipe.scheme) == FEW[1] and recipe.overrides == ()
-    assert len(find_blocks(job.model)) == 2
