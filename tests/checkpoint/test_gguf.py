@@ -248,6 +248,6 @@ def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
     for name in ("gate_up_proj", "down_proj"):
         tensor = f"model.layers.1.mlp.experts.{name}"
         assert torch.equal(checkpoint.read_part(TensorPart(tensor, 3)), checkpoint.read(tensor)[3])
-    plan = afpq.quantize(source, tmp_path / "out", SCHEME)
+    plan = afpq.quantize(source, tmp_path / "out", SCHEME).plan
     assert plan.coverage > 0.999 and len(plan.block_targets) == 2 * (4 + 3 * 4)  # all but the routers
     assert torch.isfinite(logits(load_model(tmp_path / "out", device="cpu"))).all()

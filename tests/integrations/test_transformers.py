@@ -339,7 +339,8 @@ def test_oldest_supported_transformers(version: str) -> None:
 
     assert python("-c", "import transformers; print(transformers.__version__)").stdout.strip() == version
     names = (
-        "integrations/test_transformers.py", "integrations/test_guarded_saves.py", "integrations/test_quantize_loaded.py",
+        "integrations/test_transformers.py", "integrations/test_guarded_saves.py",
+        "integrations/test_quantize_loaded.py",
         "model/test_dequantize.py", "test_families.py",
     )  # fmt: skip
     files = (str(REPOSITORY / "tests" / name) for name in names)
