@@ -40,7 +40,15 @@ from afpq.model.embedding import AfpqEmbedding
 from afpq.model.embedding_and_head import EmbeddingAndHead, saved_ends, settle_recipe
 from afpq.model.experts import find_experts
 from afpq.model.linear import PackedModule
-from afpq.model.packed_modules import convertible, is_loading_slot, mark_initialized, pack_ends, pack_matrices
+from afpq.model.packed_modules import (
+    convertible,
+    is_loading_slot,
+    linear_names,
+    mark_initialized,
+    pack_ends,
+    pack_matrices,
+)
+from afpq.model.patterns import check_entries, check_patterns
 from afpq.model.renamed_tensors import ExpertMerge
 from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
 from afpq.recipe import Recipe, is_kept
@@ -148,8 +156,12 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None if is_kept(saved, kept) or name in schemes else recipe.scheme_for(saved)
 
         # A saved model lists every linear it kept; the blocks matter only for a new one.
-        self.blocks = [block.name for block in find_blocks(model)]
-        places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
+        places = [""] if self.pre_quantized else [f"{block.name}." for block in find_blocks(model)]
+        if not self.pre_quantized:
+            names = {name: saved_name(name, located) for name in linear_names(model, places)}
+            others = [saved_name(name.rpartition(".")[0], located) + ".weight" for name in model.state_dict()]
+            check_patterns(recipe, list(names.values()), others)
+            check_entries(kept, list(names.values()), others)
         pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         pack_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
@@ -191,7 +203,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             if self.learned:
                 self._note_codebooks(model)
-            warn_of_left(model, self.blocks)
+            warn_of_left(model)
         if self.quantization_config.dequantize:  # Transformers has dropped the config here, but the weights are packed
             unpack_model(model, model.dtype)
         return model
