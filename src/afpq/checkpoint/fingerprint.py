@@ -14,7 +14,10 @@ from afpq.checkpoint.atomic_files import digest_value
 from afpq.recipe import Recipe
 
 CODE_BOOKS, SETTINGS = "code book", "settings"
-TEXT, DRAWN_BY = "text", ("samples", "tokens in a window", "seed")  # the text's digest is that of the windows drawn
+TEXT, DRAWN_BY = (
+    "text",
+    ("number of samples", "length of windows", "seed"),
+)  # the text's digest is that of the windows drawn
 MAX_VALUE = 60  # letters of a value in a message
 
 

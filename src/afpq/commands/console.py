@@ -128,7 +128,7 @@ def print_outcome(outcome: Outcome) -> None:
         judges = counted(ended.judging_windows, "window")
         console.print(
             f"end pass: KL {ended.kl_before:.4f} -> {ended.kl_after:.4f} on {judges} that only judged, "
-            f" kept from step {ended.kept_step} of {ended.steps}"
+            f"kept from step {ended.kept_step} of {ended.steps}"
         )
     found = outcome.measured
     if isinstance(found, str):
