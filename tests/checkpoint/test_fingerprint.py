@@ -12,7 +12,7 @@ from command_line import TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afpq import AfpqError, CalibrationSettings, Recipe, custom_format, parse_scheme, quantize
+from afpq import AfpqError, CalibrationSettings, Format, Recipe, parse_scheme, quantize
 from afpq.checkpoint.fingerprint import SETTINGS, code_books, differences, recipe_settings
 from afpq.numerics.scheme import Scheme
 
@@ -59,7 +59,7 @@ def test_a_recipe_s_settings_are_data_that_json_keeps() -> None:
 
 
 def test_code_books_count_by_their_values() -> None:
-    a, b = (Recipe(Scheme(custom_format(values, name="mine"), 64)) for values in ((-1.0, 0.0, 1.0), (-1.0, 0.0, 0.5)))
+    a, b = (Recipe(Scheme(Format("mine", values), 64)) for values in ((-1.0, 0.0, 1.0), (-1.0, 0.0, 0.5)))
     assert str(a.scheme) == str(b.scheme) and code_books(a) != code_books(b)
 
 
