@@ -243,9 +243,10 @@ def test_links_that_lead_nowhere_useful_are_refused_before_any_work(tmp_path: Pa
     (tmp_path / "to file").symlink_to(file)
     (tmp_path / "into a file").symlink_to(file / "out")
     loop.symlink_to(loop)
+    (tmp_path / "to no disk").symlink_to(tmp_path / "not mounted" / "out")
     before = sorted(path.name for path in tmp_path.iterdir())
-    for name in ("to full", "to file", "into a file", "loop"):
-        with pytest.raises(AfpqError, match=name if "into" not in name else "file/out"):
+    for name in ("to full", "to file", "into a file", "loop", "to no disk"):
+        with pytest.raises(AfpqError, match=name):
             with work_directory(tmp_path / name, 0, PRINT, True):
                 pytest.fail("it works already")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

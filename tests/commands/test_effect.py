@@ -11,7 +11,7 @@ from command_line import cli as cli  # the fixture
 from command_line import text as text
 
 from afpq.algorithms.methods import METHODS
-from afpq.commands.effect import Use, idle_in_compare, idle_in_eval, idle_options
+from afpq.commands.effect import Use, idle_in_eval, idle_options
 
 IDLE = {
     "samples": ["--samples", "4"],
@@ -93,9 +93,7 @@ def test_experts_that_are_not_there(cli: Cli, tiny_model_dir: Path, tmp_path: Pa
     assert_refused(result, "--all-experts has no effect: LlamaForCausalLM has no experts")
 
 
-def test_options_of_compare_and_eval(cli: Cli, tiny_model_dir: Path, tmp_path: Path, text: Path) -> None:
-    compare = ("compare", tiny_model_dir, "--schemes", "nf4-asym-g64", "--text", text, "--report", tmp_path / "r")
-    assert_refused(cli(*compare, "--samples", "3"), "--samples has no effect here: method rtn")
+def test_options_of_eval(cli: Cli, tiny_model_dir: Path, text: Path) -> None:
     assert_refused(cli("eval", tiny_model_dir, "--text", text, "--batch-size", "2"), "--batch-size", "--tasks")
-    assert idle_in_compare(["rtn", "gptq"]) == {} == idle_in_eval(text=True, tasks=True)
+    assert idle_in_eval(text=True, tasks=True) == {}
     assert "seq_len" in idle_in_eval(text=False, tasks=True)

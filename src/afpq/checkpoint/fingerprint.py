@@ -18,19 +18,28 @@ TEXT, DRAWN_BY = (
     "text",
     ("number of samples", "length of windows", "seed"),
 )  # the text's digest is that of the windows drawn
+SCHEME, OVERRIDES, HEAD, EMBEDDING = "scheme", "list of overrides", "scheme of the head", "scheme of the embedding"
+BUDGET = "budget of bits"
+# What follows from other settings is not named beside them: windows from how they are drawn, schemes from a budget.
+FOLLOWS = {
+    TEXT: DRAWN_BY,
+    CODE_BOOKS: (SCHEME, OVERRIDES, HEAD, EMBEDDING, BUDGET),
+    SCHEME: (BUDGET,),
+    OVERRIDES: (BUDGET,),
+}
 MAX_VALUE = 60  # letters of a value in a message
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's settings by name, as JSON values."""
     return {
-        "scheme": str(recipe.scheme),
+        SCHEME: str(recipe.scheme),
         "method": recipe.method,
         "scale search": recipe.search,
         "list of skips": list(recipe.skip),
-        "list of overrides": [f"{pattern}={scheme}" for pattern, scheme in recipe.overrides],
-        "scheme of the head": None if recipe.lm_head is None else str(recipe.lm_head),
-        "scheme of the embedding": None if recipe.embedding is None else str(recipe.embedding),
+        OVERRIDES: [f"{pattern}={scheme}" for pattern, scheme in recipe.overrides],
+        HEAD: None if recipe.lm_head is None else str(recipe.lm_head),
+        EMBEDDING: None if recipe.embedding is None else str(recipe.embedding),
         "number of end pass steps": recipe.end_pass,
         **{name.replace("_", " "): value for name, value in asdict(recipe.solver_options).items()},
     }
@@ -53,9 +62,7 @@ def differences(old: Any, new: Mapping[str, Any]) -> list[str]:
             named |= {n: _change(before, value, n) for n in both if before.get(n) != value.get(n)}
         elif before != value:
             named[key] = "set of settings" if key == SETTINGS else key
-    if any(name in named for name in DRAWN_BY):
-        named.pop(TEXT, None)
-    return list(named.values())
+    return [words for name, words in named.items() if not any(cause in named for cause in FOLLOWS.get(name, ()))]
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:

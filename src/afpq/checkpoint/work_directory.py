@@ -216,8 +216,10 @@ def refuse_existing(out: Path) -> None:
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise AfpqError(f"{out}: exists already; remove it or choose another place")
-        if out.is_symlink() and os.path.islink(os.path.realpath(out)):
-            raise AfpqError(f"{out}: is a symbolic link that leads to itself; remove it or choose another place")
+        target = Path(os.path.realpath(out))
+        if out.is_symlink() and (target.is_symlink() or not target.parent.is_dir()):
+            # A disk that is not mounted, or a link to itself: directories made there would fill another disk.
+            raise AfpqError(f"{out}: is a symbolic link to {target}, where no directory can be; choose another place")
         if os.path.ismount(out):
             raise AfpqError(f"{out}: is the root of a file system, which cannot be replaced; give a directory in it")
     except (OSError, ValueError) as error:

@@ -10,14 +10,12 @@ import typer
 
 from afpq.algorithms.methods import METHODS
 from afpq.commands.console import console, errors, progress_bar, quiet_transformers
-from afpq.commands.effect import given_options, idle_in_compare, refuse_idle
 from afpq.commands.options import DatasetOption, ModelArgument, TextOption, TrustOption, app
 
 
 @app.command()
 def compare(
     model: ModelArgument,
-    context: typer.Context,
     schemes: Annotated[str, typer.Option(help="Separated by commas, as nf4-asym-g128,nf4-sym-g64,int4-asym-g128.")],
     report: Annotated[Path, typer.Option(help="The directory for report.html, .md and .json and finished cells.")],
     methods: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(METHODS)}.")] = "rtn",
@@ -48,7 +46,6 @@ def compare(
     from afpq.evaluation.text import read_text
     from afpq.jobs.prepare import CalibrationSettings
 
-    refuse_idle(given_options(context), idle_in_compare([name.strip() for name in methods.split(",")]))
     calibration = _calibration_text(methods, calibration_text, dataset)
     question = Question(
         model, schemes.split(","), methods.split(","), read_text(text, dataset), calibration,

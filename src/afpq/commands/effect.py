@@ -93,16 +93,8 @@ def idle_options(use: Use) -> dict[str, str]:
     return idle
 
 
-def idle_in_compare(methods: list[str]) -> dict[str, str]:
-    """The same for `afpq compare`, if none of the methods learns from text; unknown ones are an error elsewhere."""
-    if any(name not in METHODS or METHODS[name].calibrated for name in methods):
-        return {}
-    reason = f"method {_or(methods)} learns from no text; leave it out, or add one of {_calibrated_methods()}"
-    return dict.fromkeys(("calibration_text", "samples", "seed", "device"), reason)
-
-
 def idle_in_eval(text: bool, tasks: bool) -> dict[str, str]:
-    """The same for `afpq eval`, with a text to measure on, with benchmarks (`tasks`), or both."""
+    """The same for `afpq eval`: with a text to measure on, with benchmarks (`tasks`), or both."""
     idle: dict[str, str] = {}
     if not tasks:
         names = ("include_path", "limit", "num_fewshot", "batch_size", "allow_code_execution")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from afpq.algorithms.methods import METHODS, NEAREST
 from afpq.calibration.sensitivity import SensitivitySettings, measured_windows
 from afpq.checkpoint.companions import refuse_adapter
-from afpq.checkpoint.fingerprint import CODE_BOOKS, DRAWN_BY, SETTINGS, TEXT, code_books, recipe_settings
+from afpq.checkpoint.fingerprint import BUDGET, CODE_BOOKS, DRAWN_BY, SETTINGS, TEXT, code_books, recipe_settings
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import open_checkpoint
@@ -102,7 +102,11 @@ class Job:
             "version of afpq": __version__,
             "model": checkpoint_digest(self.plan.checkpoint),
             CODE_BOOKS: code_books(recipe),
-            SETTINGS: {**recipe_settings(recipe), **(_drawing(self.settings) if self.windows is not None else {})},
+            SETTINGS: {
+                **recipe_settings(recipe),
+                **(_drawing(self.settings) if self.windows is not None else {}),
+                BUDGET: None if self.choice is None else self.choice.budget.bits_per_weight,
+            },
             TEXT: hashlib.sha256(windows).hexdigest(),
         }
 
