@@ -176,6 +176,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         **({} if plan.checkpoint.published is None else {"published": plan.checkpoint.published.form}),
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
         "kept": list(plan.kept),
+        "unused": list(plan.unused),
     }
 
 

@@ -28,6 +28,7 @@ from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
 from afpq.checkpoint.unaware_loaders import lift_guard
+from afpq.checkpoint.wrappers import wrapper_of
 from afpq.errors import AfpqError
 from afpq.integrations.guarded_saves import wrap_save
 from afpq.integrations.hub import wrap_upload
@@ -146,6 +147,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # with the card to upload
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = TensorLookup(headers, model)
+        added = next((part for key in headers if (part := wrapper_of(key))), "")
+        self.misnamed = f" (names in the files hold {added!r}; afpq quantize reads them without it)" if added else ""
         if self.pre_quantized and headers and (new := new_linears(model, located)):
             kept = self.quantization_config.modules_to_not_convert = sorted({*kept, *new})
         recipe, ends = self._settle(model, recipe, located)
@@ -195,7 +198,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             left = next((p for p in module._parameters if is_loading_slot(module, p)), None)
             if left is not None:
                 raise AfpqError(
-                    f"{name}.{left}: not in the checkpoint, or not under this name; list it as not to convert"
+                    f"{name}.{left}: not in the checkpoint, or not under this name{self.misnamed}; list it as not to "
+                    "convert"
                 )
             if isinstance(module, PackedModule):
                 module.check_scales(name)
