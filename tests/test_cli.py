@@ -149,11 +149,13 @@ def stopped(larger: Path, out: Path, number: signal.Signals) -> Result:
     return finish(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_an_interrupt_ends_with_130_and_no_output(larger: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_an_interrupt_ends_with_its_code_and_no_output(
+    larger: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     result = stopped(larger, tmp_path / "out", number)
     assert re.fullmatch(r"afpq: [^\n]+\n", result.err), result.err
-    assert (result.code, result.out) == (130, "")
+    assert (result.code, result.out) == (code, "")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("config.json"))
 

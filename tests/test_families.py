@@ -147,6 +147,7 @@ def coverage_of(model: nn.Module, float_model: nn.Module) -> float:
 
 def check(plan: Plan, out: Path, place: Path, family: Family) -> tuple[Any, Any]:
     """What holds for every method: the loaded model computes what its files say. Returns it and the original."""
+    assert (plan.unused, plan.wrapper) == ((), "")
     assert round(100 * plan.coverage, 1) == family.coverage
     model, float_model = load_model(out), plain(plan.checkpoint.directory, family)
     reference = unpacked(plan, out, place, family, float_model)

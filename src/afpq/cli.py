@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The command line: run a command of `commands/`. Wrong input: one line, exit code 2; a stop: exit code 130."""
+"""The command line: run a command of `commands/`.
+
+Wrong input: one line, exit code 2. A signal: 128 and its number, 130 after Control-C, 143 after SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ COMMANDS = (quantize, inspect, evaluate, compare, exchange, verify_files)  # imp
 
 
 class _Stop:
-    """A handler of SIGINT and SIGTERM with a flag, since libraries may replace the exception by their own."""
+    """A handler of SIGINT and SIGTERM that notes the signal, since libraries may replace the exception by their own."""
 
-    called = False
+    called: int | None = None
 
-    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
-        self.called = True
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self.called = number
         raise KeyboardInterrupt
 
 
@@ -41,23 +44,23 @@ def main() -> None:
         if app(standalone_mode=False) == 130:  # Typer's result of an interrupted command
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _stopped()
+        _stopped(stop.called)
     except Exception as error:
-        if stop.called:
-            _stopped()
+        if stop.called is not None:
+            _stopped(stop.called)
         if isinstance(error, AfpqError):
             _fail(str(error))
         if isinstance(error, OSError):  # the output itself: a full disk, a closed pipe
-            _fail(f"{error.filename or 'cannot write the output'}: {error.strerror or error}")
+            _fail(f"{error.filename2 or error.filename or 'cannot write the output'}: {error.strerror or error}")
         # Click's own errors, whichever copy of Click Typer brings
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message() or "see afpq --help")
 
 
-def _stopped() -> NoReturn:
+def _stopped(number: int | None) -> NoReturn:
     errors.print("afpq: stopped; the same command goes on from the last finished block")
-    sys.exit(130)
+    sys.exit(128 + (number or signal.SIGINT))
 
 
 def _fail(message: str) -> NoReturn:

@@ -12,6 +12,16 @@ class AfpqError(Exception):
         super().__init__(message if len(message) <= 2000 else f"{message[:1200]} ... {message[-700:]}")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 tensor", "3 tensors": a number with its noun, whose plural has an s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def in_all(count: int, noun: str) -> str:
+    """Return " (3 tensors in all)", to stand behind the name of one of them; nothing if it is the only one."""
+    return "" if count == 1 else f" ({counted(count, noun)} in all)"
+
+
 def out_of_memory(error: Exception) -> AfpqError | None:
     """The error to raise if `error` is a lack of memory, on a GPU or a CPU; None for any other error.
 

@@ -217,3 +217,62 @@ def test_the_working_directory_is_filled_or_refused(
     else:
         assert contents(tmp_path / "here") == ["file"]
     assert contents(tmp_path) == ["here"]
+
+
+@pytest.mark.parametrize("target", ["an empty directory", "nothing"])
+def test_a_link_stands_for_the_place_it_leads_to(tmp_path: Path, target: str) -> None:
+    """A large disk is often linked to; a link could not be replaced by a directory after all the work."""
+    (tmp_path / "disk").mkdir()
+    place, out = tmp_path / "disk" / "out", tmp_path / "link"
+    if target != "nothing":
+        place.mkdir()
+    out.symlink_to(place)
+    with work_directory(out, 0, PRINT, True) as work:
+        assert work.path == partial(place)
+        (work.path / "config.json").write_text("{}")
+    assert out.is_symlink() and [path.name for path in out.iterdir()] == ["config.json"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_links_that_lead_nowhere_useful_are_refused_before_any_work(tmp_path: Path) -> None:
+    full, loop, file = tmp_path / "full", tmp_path / "loop", tmp_path / "file"
+    full.mkdir()
+    (full / "theirs").write_text("x")
+    file.write_text("x")
+    (tmp_path / "to full").symlink_to(full)
+    (tmp_path / "to file").symlink_to(file)
+    (tmp_path / "into a file").symlink_to(file / "out")
+    loop.symlink_to(loop)
+    (tmp_path / "to no disk").symlink_to(tmp_path / "not mounted" / "out")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for name in ("to full", "to file", "into a file", "loop", "to no disk"):
+        with pytest.raises(AfpqError, match=name):
+            with work_directory(tmp_path / name, 0, PRINT, True):
+                pytest.fail("it works already")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (full / "theirs").exists() and not list(full.parent.glob("*.partial"))
+
+
+def test_a_mounted_file_system_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(AfpqError, match="give a directory in it"):
+        with work_directory(tmp_path / "out", 0, PRINT, True):
+            pytest.fail("it works already")
+
+
+def test_errors_name_out_and_not_the_temporary_directory(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(AfpqError) as error, work_directory(out, 0, PRINT, True) as work:
+        with work.as_published({}) as directory:
+            assert work.public(f"see {directory}", directory) == f"see {out}"
+            raise AfpqError(f"{directory}/config.json: cannot be read")
+    assert str(error.value) == f"{out}/config.json: cannot be read"
+
+
+def test_a_failed_rename_names_where_it_leads(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AfpqError, match=r"/there: cannot write: No space"),
+        work_directory(tmp_path / "o", 0, PRINT, True),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "/source", None, "/there")

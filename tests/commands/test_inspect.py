@@ -9,6 +9,7 @@ import pytest
 from command_line import Cli, assert_refused, finish, read_json, start
 from command_line import cli as cli  # the fixture
 from command_line import packed as packed
+from conftest import ModelMaker
 
 
 def test_inspect_as_a_process(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -51,3 +52,11 @@ def test_bad_options_of_inspect(cli: Cli, tiny_model_dir: Path, options: list[st
 
 def test_inspect_of_a_model_that_is_quantized_already(cli: Cli, packed: Path) -> None:
     assert_refused(cli("inspect", packed), "already quantized")
+
+
+def test_the_column_of_the_gain_states_bits_that_differ(cli: Cli, make_model: ModelMaker, tmp_path: Path) -> None:
+    narrow = make_model(tmp_path / "narrow", hidden_size=96, intermediate_size=96)
+    different = cli("inspect", narrow, "--group-size", "64", "--bits", "4").out
+    assert "equal bits" not in different and "against" in different
+    assert max(map(len, different.splitlines()[1:])) <= 80
+    assert "equal bits" in cli("inspect", narrow, "--group-size", "32", "--bits", "4").out

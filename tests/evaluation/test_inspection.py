@@ -37,6 +37,22 @@ def test_recommendations_at_equal_bits(errors: tuple[float, float, float, float]
     assert words in recommend(figures(*errors), 4)
 
 
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ((0.8, 1.1, 1.0, 1.2), "at 4.271 against 4.250 bits its error is 20.0 % below that of nf4-sym-g64"),
+        ((1.0, 1.1, 0.8, 1.2), "at 4.250 against 4.271 bits its error is 20.0 % below that of nf4-asym-g128"),
+        ((1.0, 1.1, 1.01, 1.2), "at 4.271 against 4.250 bits two scales and one scale at half the group"),
+    ],
+)
+def test_bits_that_differ_are_stated(errors: tuple[float, float, float, float], words: str) -> None:
+    """Rows of 576: five groups of 128, the last of them half, cost more than nine of 64."""
+    bits = dict(zip((str(s) for s in InspectSettings(bits=(4,)).schemes), (4.271, 4.135, 4.25, 4.156)))
+    found = replace(figures(*errors), bits=bits)
+    assert words in recommend(found, 4) and found.bits_compared(4) == "4.271 against 4.250 bits"
+    assert figures(*errors).bits_compared(4) is None
+
+
 def test_a_mean_counts_each_layer_by_its_weights() -> None:
     scheme, other = (parse_scheme(f"nf4-{sym}-g32") for sym in ("asym", "sym"))
     layers = [

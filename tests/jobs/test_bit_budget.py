@@ -150,9 +150,9 @@ def test_a_stopped_run_goes_on_without_measuring(
         afpq.quantize(tiny_model_dir, tmp_path / "out", bits_per_weight=3.5, progress=stop, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "out.sensitivities.json"]
     monkeypatch.setattr("afpq.jobs.bit_budget.measure_losses", lambda *_: pytest.fail("measured again"))
-    with pytest.raises(AfpqError, match="another setting"):
+    with pytest.raises(AfpqError, match=r"begun with another budget of bits \(3\.5, now 3\.0\); repeat"):
         afpq.quantize(tiny_model_dir, tmp_path / "out", bits_per_weight=3.0, **options)
-    with pytest.raises(AfpqError, match="another list of candidates"):
+    with pytest.raises(AfpqError, match=r"sensitivities of another list of candidates \("):
         afpq.quantize(tiny_model_dir, tmp_path / "out", bits_per_weight=3.5, **(options | {"candidates": FEW[1:]}))
     afpq.quantize(tiny_model_dir, tmp_path / "out", bits_per_weight=3.5, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -43,7 +43,7 @@ def test_only_methods_that_need_it_get_windows(tiny_model_dir: Path) -> None:
 def test_the_fingerprint_depends_on_what_decides_the_result(tiny_model_dir: Path) -> None:
     def setting(method: str, **options: object) -> str:
         recipe = Recipe(NF4, method, **options)  # type: ignore[arg-type]
-        return str(prepare(tiny_model_dir, recipe, Texts(TEXT), settings=SETTINGS).fingerprint()["setting"])
+        return str(prepare(tiny_model_dir, recipe, Texts(TEXT), settings=SETTINGS).fingerprint()["settings"])
 
     default = setting("gptq")
     assert setting("gptq", options=GptqOptions()) == default

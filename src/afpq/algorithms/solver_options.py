@@ -65,8 +65,10 @@ class GptqOptions(SolverOptions):
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise AfpqError(f"order {self.order!r}; known: {', '.join(ORDERS)}")
-        if not 0 < self.damp < 1 or self.sweeps < 0:
-            raise AfpqError(f"damp {self.damp} must lie between 0 and 1, sweeps {self.sweeps} must not be negative")
+        if not 0 < self.damp < 1:
+            raise AfpqError(f"damp {self.damp}: use a number between 0 and 1")
+        if self.sweeps < 0:
+            raise AfpqError(f"sweeps {self.sweeps}: use a positive number, or 0 for none")
 
 
 @dataclass(frozen=True)

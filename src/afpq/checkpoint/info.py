@@ -10,7 +10,8 @@ from typing import Any
 
 from afpq.checkpoint.quantized_layers import quantized_layers
 from afpq.checkpoint.reader import open_checkpoint
-from afpq.model.coverage import kinds_left
+from afpq.errors import counted
+from afpq.model.coverage import in_block, kinds_left, share_quantized
 from afpq.numerics.formats import repeated_codebook_bytes
 from afpq.numerics.size import Size
 
@@ -62,7 +63,7 @@ class ModelInfo:
         kinds: dict[str, list[str]] = {}
         for scheme in {layer.scheme for layer in self.layers if layer.name not in self.ends}:
             kinds.setdefault(_BOOK.sub("lut", scheme), []).append(scheme)
-        return sorted(f"{kind} ({len(s)} code books)" if len(s) > 1 else s[0] for kind, s in kinds.items())
+        return sorted(f"{kind} ({counted(len(s), 'code book')})" if len(s) > 1 else s[0] for kind, s in kinds.items())
 
 
 def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
@@ -84,10 +85,10 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     again = repeated_codebook_bytes(layer.scheme.format for layer in inside)
     blocks = sum((layer.size for layer in inside), Size(-again, 0))
     covered = sum(layer.elements for layer in found if not layer.end)
-    left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
+    left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and in_block(n)}
     return ModelInfo(
         bits_per_weight=blocks.bits if found else every.bits,
-        coverage=covered / (covered + sum(left.values())) if covered else 0.0,
+        coverage=share_quantized(covered, left),
         left=kinds_left(left),
         quantized_parameters=quantized,
         total_parameters=total,
@@ -98,8 +99,3 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
         ends=ends,
         published=None if checkpoint.published is None else checkpoint.published.form,
     )
-
-
-def _in_block(name: str) -> bool:
-    """Whether a tensor's name contains an index, as those of repeated blocks do."""
-    return any(part.isdigit() for part in name.split("."))

@@ -13,10 +13,12 @@ from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.low_precision import refuse_quantized
 from afpq.checkpoint.plan import HEAD, OUTSIDE, KeptPart, Plan, PlanUnit, Target
 from afpq.checkpoint.reader import FLOATS, Checkpoint
-from afpq.errors import AfpqError
+from afpq.checkpoint.wrappers import hint, unwrap
+from afpq.errors import AfpqError, in_all
 from afpq.model.blocks import TransposedLinear, find_blocks, find_linears
 from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe
 from afpq.model.experts import AfpqExperts, all_or_none, find_experts
+from afpq.model.patterns import check_patterns
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import layout
 from afpq.numerics.scheme import Scheme
@@ -30,15 +32,18 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     than the model's, and if nothing is left to quantize.
     """
     refuse_quantized(checkpoint.directory, checkpoint.config)
+    checkpoint, wrapper = unwrap(checkpoint, model)
     located, experts = TensorLookup(checkpoint.tensors, model, model.state_dict()), find_experts(model)
     names = _tensor_names(checkpoint, model, located, experts)
-    recipe, ends = settle_recipe(model, recipe, located.hold_different_values)
     linears = find_linears(model)
     absent = [name for name, _ in linears if f"{name}.weight" not in names]
-    if absent and len(absent) < len(linears):
+    if absent:
         raise AfpqError(
-            f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight ({len(absent)} linears in all)"
+            f"{checkpoint.directory}: the checkpoint lacks {absent[0]}.weight{in_all(len(absent), 'linear')}"
+            f"{hint(checkpoint, wrapper)}"
         )
+    check_patterns(recipe, [name for name, _ in linears], model.state_dict())
+    recipe, ends = settle_recipe(model, recipe, located.hold_different_values)
     left = _left_experts(experts, recipe)
     routed = tuple(f"{name}." for name in experts)
     targets: list[Target] = []
@@ -53,11 +58,28 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     targets += ends_found
     kept -= ends.schemes(recipe).keys()
     if not targets:
-        raise AfpqError(f"{checkpoint.directory}: no linear layer left to quantize; see --skip")
+        why = "left to quantize; see --skip" if recipe.skip else f"in blocks of {type(model).__name__}"
+        raise AfpqError(f"{checkpoint.directory}: no linear layer {why}")
     _check_names(checkpoint, targets)
     kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
     units = _units(checkpoint, model, names, targets, head)
-    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends)
+    unused = _unused(checkpoint, model, located, names)
+    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends, unused, wrapper)
+
+
+def _unused(
+    checkpoint: Checkpoint, model: PreTrainedModel, located: TensorLookup, names: dict[str, TensorPart]
+) -> tuple[str, ...]:
+    """Return the tensors that the architecture does not have.
+
+    None if a parameter has no tensor: then Transformers makes some from tensors of other names while loading.
+    """
+    state = model.state_dict()
+    known = {part.tensor for part in names.values()} | {located.find(name) for name in state}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if any(name not in names and name not in tied for name, _ in model.named_parameters()):
+        return ()
+    return tuple(name for name in checkpoint.tensors if name not in known)
 
 
 def _check_names(checkpoint: Checkpoint, targets: list[Target]) -> None:
@@ -137,7 +159,7 @@ def _tensor_names(
     absent = set(wanted) - set(found)
     missing = [name for name, _ in model.named_parameters() if name in absent]
     if missing and len({source.tensor for source in found.values()}) == len(checkpoint.tensors):
-        raise AfpqError(f"{checkpoint.directory}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
+        raise AfpqError(f"{checkpoint.directory}: the checkpoint lacks {missing[0]}{in_all(len(missing), 'tensor')}")
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from afpq.checkpoint.reader import Checkpoint
+from afpq.model.coverage import in_block, share_quantized
 from afpq.model.embedding_and_head import NO_ENDS, EmbeddingAndHead
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.formats import repeated_codebook_bytes
@@ -102,6 +103,8 @@ class Plan:
     kept: tuple[str, ...]  # names of the linears left as they are
     names: dict[str, TensorPart]  # name of a tensor in the model -> its place in the checkpoint
     ends: EmbeddingAndHead = NO_ENDS
+    unused: tuple[str, ...] = ()  # the checkpoint's tensors that the architecture does not have
+    wrapper: str = ""  # what a wrapper of the model put into the names of the files' tensors
 
     @property
     def targets(self) -> list[Target]:
@@ -178,8 +181,7 @@ class Plan:
     @property
     def coverage(self) -> float:
         """Share of the blocks' weights (tensors of two and more dimensions) that is quantized."""
-        quantized = sum(target.elements for target in self.block_targets)
-        return quantized / (quantized + sum(self.left.values()) or 1)
+        return share_quantized(sum(target.elements for target in self.block_targets), self.left)
 
     @property
     def left(self) -> dict[str, int]:
@@ -188,9 +190,8 @@ class Plan:
         return {
             name: torch.Size(shape).numel()
             for unit in self.units
-            if unit.in_blocks
             for name, (_, shape) in self.unit_outputs(unit).items()
-            if len(shape) > 1 and name not in parts
+            if len(shape) > 1 and in_block(name) and name not in parts
         }
 
 

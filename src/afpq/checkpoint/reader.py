@@ -112,7 +112,8 @@ class Checkpoint:
         patterns = (*COMPANIONS, "*.py") if "auto_map" in self.config else COMPANIONS
         found = {path for pattern in patterns for path in self.directory.glob(pattern) if path.is_file()}
         for path in sorted(found):
-            if path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+            left = path.name == "config.json" or path.name.startswith("adapter_")  # an adapter's are no part of it
+            if not left and not path.name.endswith(".safetensors.index.json"):
                 yield path
 
 

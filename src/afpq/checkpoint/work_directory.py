@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from afpq.checkpoint.atomic_files import write_json
+from afpq.checkpoint.fingerprint import differences
 from afpq.checkpoint.lock import LOCK, Lock
 from afpq.errors import AfpqError
 
@@ -80,7 +81,14 @@ class WorkDirectory:
                 if path.is_file() and path.name not in ("config.json", JOURNAL, LOCK):
                     (directory / path.name).symlink_to(path)
             write_json(directory / "config.json", config)
-            yield directory
+            try:
+                yield directory
+            except AfpqError as error:
+                raise AfpqError(self.public(str(error), directory)) from error.__cause__
+
+    def public(self, text: str, directory: Path) -> str:
+        """Return a text for the user with OUT in the place of the temporary directory of `as_published`."""
+        return text.replace(str(directory), str(self.out))
 
     def publish(self) -> None:
         """Drop the scratch files, give the directory its real name once all is on the disk, and drop the journal."""
@@ -138,8 +146,7 @@ class WorkDirectory:
                 path.unlink()
 
     def _continue(self, lines: list[dict[str, Any]], fingerprint: dict[str, Any]) -> None:
-        old = lines[0]["fingerprint"]
-        changed = [key for key in fingerprint if old.get(key) != fingerprint[key]]
+        changed = differences(lines[0]["fingerprint"], fingerprint)
         if changed:
             raise AfpqError(
                 f"{self.path}: begun with another {' and another '.join(changed)}; "
@@ -181,9 +188,9 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
     appears meanwhile, if OUT.partial was begun with other settings, is in use by another run or cannot be written, and
     if the disk is too small for `needed_bytes`.
     """
-    out = Path(os.path.abspath(out))
+    refuse_existing(out)
+    out = Path(os.path.realpath(out) if out.is_symlink() else os.path.abspath(out))
     try:
-        refuse_existing(out)
         work = WorkDirectory(out, fingerprint, resume)
     except (OSError, ValueError) as error:
         raise _cannot_write(out, error) from None
@@ -205,14 +212,23 @@ def work_directory(out: Path, needed_bytes: int, fingerprint: dict[str, Any], re
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise AfpqError if `out` exists, except as an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AfpqError(f"{out}: exists already; remove it or choose another place")
+    """Raise AfpqError if `out` exists, except as an empty directory; a link stands for what it leads to."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise AfpqError(f"{out}: exists already; remove it or choose another place")
+        target = Path(os.path.realpath(out))
+        if out.is_symlink() and (target.is_symlink() or not target.parent.is_dir()):
+            # A disk that is not mounted, or a link to itself: directories made there would fill another disk.
+            raise AfpqError(f"{out}: is a symbolic link to {target}, where no directory can be; choose another place")
+        if os.path.ismount(out):
+            raise AfpqError(f"{out}: is the root of a file system, which cannot be replaced; give a directory in it")
+    except (OSError, ValueError) as error:
+        raise _cannot_write(out, error) from None
 
 
 def _cannot_write(out: Path, error: OSError | ValueError) -> AfpqError:
     """Make the error for a failed write, with the file's name if the system gives it."""
-    place = getattr(error, "filename", None) or out
+    place = getattr(error, "filename2", None) or getattr(error, "filename", None) or out
     return AfpqError(f"{place}: cannot write: {getattr(error, 'strerror', None) or error}")
 
 

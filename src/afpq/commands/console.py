@@ -16,14 +16,16 @@ from rich.progress import Progress as Bar
 from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.atomic_files import write_json
 from afpq.checkpoint.plan import Plan
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, counted
 from afpq.evaluation.loading import quiet_transformers as quiet_transformers
 from afpq.evaluation.tables import size_text as size_text
 from afpq.evaluation.tables import with_error
+from afpq.jobs.advice import advice
 from afpq.jobs.bit_budget import Choice
 from afpq.jobs.chosen_shares import share_cells, shares
 from afpq.jobs.estimate import Estimate
 from afpq.jobs.finish_directory import Outcome
+from afpq.jobs.left_ends import left_ends
 from afpq.jobs.prepare import Job
 from afpq.model.apply_folds import folds_of
 from afpq.model.blocks import find_blocks
@@ -41,7 +43,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     schemes = plan.recipe.scheme if job.choice is None else "chosen below"
     console.print(
         f"{verb} {out}: {size_text(plan.output_bytes)} (was {size_text(plan.input_bytes)}), "
-        f"{len(plan.block_targets)} linears as {schemes} by {plan.recipe.method}, "
+        f"{counted(len(plan.block_targets), 'linear')} as {schemes} by {plan.recipe.method}, "
         f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
         f"{100 * plan.coverage:.1f} % of the blocks' weights quantized",
     )
@@ -56,10 +58,8 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
         )
     console.print(f"{plan.file_bits_per_weight:.3f} bits per weight of the whole file")
     if job.windows is not None:
-        console.print(f"calibration: {job.windows.shape[0]} windows of {job.windows.shape[1]} tokens")
-    if plan.kept:
-        names = ", ".join(plan.kept[:8]) + (f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else "")
-        console.print(f"left as they were: {names}")
+        console.print(f"calibration: {counted(job.windows.shape[0], 'window')} of {job.windows.shape[1]} tokens")
+    print_left(job)
     channels = METHODS[plan.recipe.method].scales_channels
     if channels and not any(folds_of(b.module) for b in find_blocks(job.model)):
         errors.print(
@@ -69,6 +69,27 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     print_coverage(plan.coverage, plan.left)
 
 
+def print_left(job: Job) -> None:
+    """Print the linears that are left, and what share of the weights the embedding and the head are."""
+    plan = job.plan
+    ends = left_ends(plan, job.model)
+    named = {module for end in ends for module in end.modules}
+    kept = [name for name in plan.kept if name not in named]
+    if kept:
+        names = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
+        console.print(f"left as {'it was' if len(kept) == 1 else 'they were'}: {names}")
+    for end in ends:
+        console.print(f"left as {'it was' if len(end.modules) == 1 else 'they were'}: {end.sentence()}")
+
+
+def print_advice(job: Job, outcome: Outcome | None) -> None:
+    """Print what the figures of a run, or the plan of a dry run, call for."""
+    calibrates = not getattr(job.model.config, "is_encoder_decoder", False)
+    line = advice(job.plan, None if outcome is None else outcome.measured, calibrates)
+    if line is not None:
+        console.print(f"advice: {line}")
+
+
 def print_choice(choice: Choice, plan: Plan) -> None:
     """Print which scheme was chosen for what, under a budget of bits."""
     bits = choice.budget.bits_per_weight
@@ -76,7 +97,8 @@ def print_choice(choice: Choice, plan: Plan) -> None:
     rows = share_cells(choice, plan)
     wide = max(len(row[0]) for row in rows)
     for scheme, true_bits, layers, weights, which in rows:
-        console.print(f"  {scheme:<{wide}}  {true_bits} bits  {weights:>7}  {layers:>4} layers: {which}")
+        noun = "layer" if layers == "1" else "layers"
+        console.print(f"  {scheme:<{wide}}  {true_bits} bits  {weights:>7}  {layers:>4} {noun}: {which}")
 
 
 def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
@@ -98,12 +120,15 @@ def print_outcome(outcome: Outcome) -> None:
     """Print the figures of the card, and the result of the self-test."""
     if outcome.rounded:
         names = ", ".join(outcome.rounded[:4]) + (" and others" if len(outcome.rounded) > 4 else "")
-        console.print(f"{len(outcome.rounded)} layers had nothing to learn from and were rounded to nearest: {names}")
+        were = "was" if len(outcome.rounded) == 1 else "were"
+        layers = counted(len(outcome.rounded), "layer")
+        console.print(f"{layers} had nothing to learn from and {were} rounded to nearest: {names}")
     ended = outcome.end_pass
     if ended is not None:
+        judges = counted(ended.judging_windows, "window")
         console.print(
-            f"end pass: KL {ended.kl_before:.4f} -> {ended.kl_after:.4f} on {ended.judging_windows} windows that only "
-            f"judged, kept from step {ended.kept_step} of {ended.steps}"
+            f"end pass: KL {ended.kl_before:.4f} -> {ended.kl_after:.4f} on {judges} that only judged, "
+            f"kept from step {ended.kept_step} of {ended.steps}"
         )
     found = outcome.measured
     if isinstance(found, str):
@@ -113,7 +138,7 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(
             f"perplexity {result.perplexity:.2f} (original {found.original:.2f}), "
             f"KL {with_error(result.kl_divergence, result.kl_standard_error, 4)}, on {found.sample.origin}, "
-            f"{count} windows of {length}"
+            f"{counted(count, 'window')} of {length}"
         )
     console.print(f"self-test: every tensor was read back as it was computed. {outcome.tested}")
 
@@ -151,6 +176,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         **({} if plan.checkpoint.published is None else {"published": plan.checkpoint.published.form}),
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
         "kept": list(plan.kept),
+        "unused": list(plan.unused),
     }
 
 

@@ -20,6 +20,7 @@ from afpq.commands.console import (
     save_json,
     size_text,
 )
+from afpq.commands.effect import given_options, idle_in_eval, refuse_idle
 from afpq.commands.options import DatasetOption, DeviceOption, JsonOption, ModelArgument, TextOption, TrustOption, app
 from afpq.errors import AfpqError
 
@@ -27,6 +28,7 @@ from afpq.errors import AfpqError
 @app.command("eval")
 def evaluate_command(
     model: ModelArgument,
+    context: typer.Context,
     text: TextOption = None,
     dataset: DatasetOption = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window; cut to the model's context.")] = 2048,
@@ -54,8 +56,7 @@ def evaluate_command(
 
     check_json_place(json)
     find_device(device)
-    if tasks is None and (include_path, limit, num_fewshot) != (None, None, None):
-        raise AfpqError("--include-path, --limit and --num-fewshot are for --tasks, which is not given")
+    refuse_idle(given_options(context), idle_in_eval(text is not None or dataset is not None, tasks is not None))
     if tasks is not None and reference is not None and text is None and dataset is None:
         raise AfpqError("--reference needs text to compare on: --text FILE or --dataset NAME")
     content = read_text(text, dataset) if tasks is None or text is not None or dataset is not None else None

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from afpq.commands.console import check_json_place, console, progress_bar, quiet_transformers, save_json
 from afpq.commands.options import JsonOption, ModelArgument, TrustOption, app
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, counted
 
 if TYPE_CHECKING:
     from afpq.evaluation.inspection import Inspection, LayerFigures
@@ -47,7 +47,7 @@ def inspect_command(
         found = inspect_model(model, settings, trust_remote_code, advance)
     read = sum(layer.rows * layer.shape[1] for layer in found.layers)
     console.print(
-        f"{model}: {len(found.layers)} of {found.layers_in_model} linears, {found.parameters:,} weights; "
+        f"{model}: {len(found.layers)} of {counted(found.layers_in_model, 'linear')}, {found.parameters:,} weights; "
         f"{100 * read / found.parameters:.0f} % of them read, in rows drawn with seed {seed}"
     )
     lines = _by_name(found) if all else found.kinds()
@@ -100,7 +100,9 @@ def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigur
     rivals = found.settings.rivals(bits)
     names = [str(scheme) for scheme in rivals.all]
     heads = [name.replace("-g", "\ng") for name in names]
-    table = _table(f"{bits} bits: relative squared error x 1000", "layer", *heads, "gain at\nequal bits")
+    against = found.bits_compared(bits)
+    equal = "equal bits" if against is None else against.replace(" against ", "\nagainst ")
+    table = _table(f"{bits} bits: relative squared error x 1000", "layer", *heads, f"gain at\n{equal}")
     table.add_row("true bits", *(f"{found.bits[name]:.3f}" for name in names), end_section=True)
     for name, layers in {**lines, "all": found.layers}.items():
         errors = (f"{1000 * mean_error(layers, scheme):.2f}" for scheme in names)
@@ -111,7 +113,7 @@ def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigur
     gains = {layer.name: gain([layer], rivals.two, rivals.half) for layer in found.layers}
     most = [name for name in sorted(gains, key=lambda name: -gains[name])[:MAX_NAMED_LAYERS] if gains[name] > 0]
     named = ", ".join(f"{name} {_percent(gains[name])}" for name in most) or "none"
-    _print_wrapped(f"Layers that gain most at equal bits: {named}.")
+    _print_wrapped(f"Layers that gain most at {against or 'equal bits'}: {named}.")
     _print_wrapped(recommend(found, bits))
     console.print()
 

@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # markup would drop what stands in brackets, as in afpq[eval]
 )
 
 ModelArgument = Annotated[str, typer.Argument(help="A directory, or the id of a model on the hub.")]

@@ -15,8 +15,10 @@ from afpq.commands.console import (
     check_json_place,
     choice_json,
     console,
+    errors,
     outcome_json,
     plan_json,
+    print_advice,
     print_estimate,
     print_outcome,
     print_plan,
@@ -24,6 +26,7 @@ from afpq.commands.console import (
     quiet_transformers,
     save_json,
 )
+from afpq.commands.effect import Use, given_options, idle_options, refuse_idle
 from afpq.commands.flags import option_parameters, option_types, options_of, with_flags
 from afpq.commands.options import (
     DatasetOption,
@@ -38,7 +41,7 @@ from afpq.commands.options import (
 from afpq.errors import AfpqError
 from afpq.numerics.formats import parse_format
 from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme, parse_scheme
-from afpq.recipe import Recipe, scheme_of_end
+from afpq.recipe import SAME, Recipe, scheme_of_end
 
 if TYPE_CHECKING:
     from afpq.jobs.prepare import Texts
@@ -166,6 +169,7 @@ class RunFlags:
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The directory to create.")],
+    context: typer.Context,
     scheme: SchemeFlags,
     text: TextFlags,
     choice: ChoiceFlags,
@@ -179,6 +183,7 @@ def quantize(
     from afpq.jobs.quantize_checkpoint import Request, run_request
 
     recipe = _recipe(scheme, choice, options, run)
+    refuse_idle(given_options(context), _idle(recipe, text, choice, run))
     settings = CalibrationSettings(text.samples, text.seq_len, text.seed, run.device, run.all_experts)
     check_json_place(run.json)
     budget = make_budget(choice.bits_per_weight, None if choice.candidates is None else choice.candidates.split(","))
@@ -194,13 +199,31 @@ def quantize(
         trust_remote_code=run.trust_remote_code,
     )
     with quiet_transformers(), progress_bar("start") as advance:
-        job, outcome = run_request(request, advance, run.dry_run)
+        job, outcome = run_request(request, advance, run.dry_run, lambda line: errors.print(f"note: {line}"))
     print_plan(job, "would write" if outcome is None else "wrote", out)
     if outcome is None:
         print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))
     else:
         print_outcome(outcome)
+    print_advice(job, outcome)
     save_json(run.json, {**plan_json(job.plan), **choice_json(job.choice, job.plan), **outcome_json(outcome)})
+
+
+def _idle(recipe: Recipe, text: TextFlags, choice: ChoiceFlags, run: RunFlags) -> dict[str, str]:
+    """Map each option that has no effect in this run, whether it was given or not, to the reason."""
+    return idle_options(
+        Use(
+            method=recipe.method,
+            budget=choice.bits_per_weight is not None,
+            end_pass=recipe.end_pass > 0,
+            text=text.text is not None or text.dataset is not None,
+            dataset=text.dataset is not None,
+            eval_text=text.eval_text is not None,
+            measure=text.card_measure,
+            same_ends=SAME in (choice.lm_head, choice.embedding),
+            device=run.device,
+        )
+    )
 
 
 def _recipe(flags: SchemeFlags, choice: ChoiceFlags, options: dict[str, Any], run: RunFlags) -> Recipe:

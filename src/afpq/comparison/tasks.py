@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from afpq.algorithms.methods import METHODS
+from afpq.checkpoint.atomic_files import digest_value
+from afpq.checkpoint.fingerprint import CODE_BOOKS, SETTINGS
 from afpq.checkpoint.make_plan import make_plan
 from afpq.comparison.cells import CALIBRATION, FLOAT, Cell, Fingerprint
 from afpq.comparison.peers import Peer, installed_peers
@@ -128,4 +130,4 @@ def _fingerprint(job: Job) -> Fingerprint:
     """Return what decides a cell of ours besides the model and the text measured on."""
     parts = job.fingerprint()
     calibration = {CALIBRATION: parts["text"]} if job.windows is not None else {}
-    return {"setting": parts["setting"], **calibration}
+    return {"setting": digest_value([parts[CODE_BOOKS], parts[SETTINGS]]), **calibration}

@@ -46,8 +46,11 @@ class TaskOptions:
     def __post_init__(self) -> None:
         if self.include_path is not None and not self.include_path.is_dir():
             raise AfpqError(f"{self.include_path}: no such directory of tasks")
-        if self.batch_size < 1 or (self.limit or 1) < 1 or self.limit == 0 or (self.num_fewshot or 0) < 0:
-            raise AfpqError("batch size and limit must be at least 1, the number of examples at least 0")
+        for name, value, least in (
+            ("batch size", self.batch_size, 1), ("limit", self.limit, 1), ("num fewshot", self.num_fewshot, 0),
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise AfpqError(f"{name} {value}: at least {least} is needed")
 
 
 @dataclass(frozen=True)

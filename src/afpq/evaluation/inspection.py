@@ -50,8 +50,9 @@ class InspectSettings:
             raise AfpqError(f"bits {', '.join(map(str, self.bits)) or 'none'}; possible: {possible}")
         if self.group_size < 2 or self.group_size % 2:
             raise AfpqError(f"group size {self.group_size}: half of it is compared too; give an even number")
-        if any(count is not None and count < 1 for count in (self.rows, self.layers)):
-            raise AfpqError("at least one layer and one row of it are needed")
+        for name, count in (("layers", self.layers), ("rows", self.rows)):
+            if count is not None and count < 1:
+                raise AfpqError(f"{name} {count}: at least one is needed")
         if not 0 <= self.seed < 2**62:
             raise AfpqError(f"seed {self.seed}: use a number from 0 to 2^62 - 1")
 
@@ -111,6 +112,15 @@ class Inspection:
     def seconds_per_billion(self) -> float:
         return self.seconds / self.parameters * 1e9
 
+    def bits_compared(self, bits: int) -> str | None:
+        """Return the true bits of two scales against one at half the group, if they differ; else None.
+
+        They do if a row's last group is short: 576 weights are 4.5 groups of 128, which costs 5, and 9 of 64.
+        """
+        rivals = self.settings.rivals(bits)
+        two, half = (f"{self.bits[str(scheme)]:.3f}" for scheme in (rivals.two, rivals.half))
+        return None if two == half else f"{two} against {half} bits"
+
     def kinds(self) -> dict[str, list[LayerFigures]]:
         """Return the layers by kind, such as `mlp.up_proj`, in the order they first appear."""
         found: dict[str, list[LayerFigures]] = {}
@@ -155,16 +165,19 @@ def recommend(inspection: Inspection, bits: int) -> str:
     rivals = inspection.settings.rivals(bits)
     two, _, half, integer = (mean_error(inspection.layers, str(scheme)) for scheme in rivals.all)
     cost = f"{inspection.bits[str(rivals.two)]:.3f}"
+    place = inspection.bits_compared(bits) or f"{cost} true bits"
     if integer < min(two, half):
         cheaper = inspection.bits[str(rivals.integer)]
         return f"Take {rivals.integer}: its error is the lowest, and it has {cheaper:.3f} true bits instead of {cost}."
     if abs(two - half) <= EQUAL_ERRORS * max(two, half):
         return (
-            f"{rivals.two} or {rivals.half}: at {cost} true bits two scales and one scale at half the group are within "
+            f"{rivals.two} or {rivals.half}: at {place} two scales and one scale at half the group are within "
             f"{100 * EQUAL_ERRORS:.0f} % of each other ({two:.5f}, {half:.5f}), "
             "so the weights do not tell which is better."
         )
+    if two >= half and inspection.bits_compared(bits) is not None:
+        place = f"{inspection.bits[str(rivals.half)]:.3f} against {cost} bits"
     best, other, share = (
         (rivals.two, rivals.half, 1 - two / half) if two < half else (rivals.half, rivals.two, 1 - half / two)
     )
-    return f"Take {best}: at {cost} true bits its error is {100 * share:.1f} % below that of {other}."
+    return f"Take {best}: at {place} its error is {100 * share:.1f} % below that of {other}."

@@ -16,11 +16,12 @@ from transformers.utils import logging
 
 from afpq.checkpoint.quantization_config import QUANT_METHOD
 from afpq.checkpoint.reader import open_checkpoint
-from afpq.errors import AfpqError
+from afpq.checkpoint.wrappers import unwrap, wrapper_of
+from afpq.errors import AfpqError, in_all
 from afpq.evaluation.decoded_weights import decoded_weights
 from afpq.evaluation.devices import find_device
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
-from afpq.model.skeleton import model_class, read_config
+from afpq.model.skeleton import build_skeleton, model_class, read_config
 
 T = TypeVar("T")
 
@@ -52,9 +53,11 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
         method = keys.get("quant_method") if isinstance(keys, dict) else keys
         if not isinstance(method, str) or method not in AUTO_QUANTIZER_MAPPING:
             raise AfpqError(f"{model}: quantized by {str(method)[:80]!r}, which Transformers cannot load here")
-    config = read_config(directory, trust_remote_code)
+    config, wrapper = read_config(directory, trust_remote_code), ""
     place_or_weights: dict[str, Any] = {"pretrained_model_name_or_path": directory}
-    if checkpoint.published is not None:
+    if any(map(wrapper_of, checkpoint.tensors)):
+        checkpoint, wrapper = unwrap(checkpoint, build_skeleton(directory, trust_remote_code))
+    if checkpoint.published is not None or wrapper:
         place_or_weights = decoded_weights(checkpoint, config, torch.float32 if place.type == "cpu" else None)
     loaded, report = _guarded(
         model,
@@ -67,7 +70,7 @@ def load_model(model: str | Path, trust_remote_code: bool = False, device: str =
     )
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers would fill them with random numbers
-        raise AfpqError(f"{model}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)")
+        raise AfpqError(f"{model}: the checkpoint lacks {missing[0]}{in_all(len(missing), 'tensor')}")
     if place.type == "cpu" and (keys is None or keys.get("quant_method") == QUANT_METHOD):
         loaded.to(torch.float32)  # older Transformers leave tensors they rename in the dtype of the file
     return loaded.to(place).eval()

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from afpq.checkpoint.locate import TensorLookup
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, in_all
 from afpq.model.linear import PackedModule
 
 
@@ -56,7 +56,7 @@ def check_missing(model: PreTrainedModel, absent: Iterable[str]) -> None:
     ]
     if own:
         raise AfpqError(
-            f"tensor {own[0]} is not in the checkpoint ({len(own)} tensors in all); its files or its config are "
+            f"tensor {own[0]} is not in the checkpoint{in_all(len(own), 'tensor')}; its files or its config are "
             "incomplete"
         )
 

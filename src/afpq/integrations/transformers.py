@@ -28,6 +28,7 @@ from afpq.checkpoint.plan import settled_recipe
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
 from afpq.checkpoint.unaware_loaders import lift_guard
+from afpq.checkpoint.wrappers import wrapper_of
 from afpq.errors import AfpqError
 from afpq.integrations.guarded_saves import wrap_save
 from afpq.integrations.hub import wrap_upload
@@ -40,7 +41,15 @@ from afpq.model.embedding import AfpqEmbedding
 from afpq.model.embedding_and_head import EmbeddingAndHead, saved_ends, settle_recipe
 from afpq.model.experts import find_experts
 from afpq.model.linear import PackedModule
-from afpq.model.packed_modules import convertible, is_loading_slot, mark_initialized, pack_ends, pack_matrices
+from afpq.model.packed_modules import (
+    convertible,
+    is_loading_slot,
+    linear_names,
+    mark_initialized,
+    pack_ends,
+    pack_matrices,
+)
+from afpq.model.patterns import check_entries, check_patterns
 from afpq.model.renamed_tensors import ExpertMerge
 from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
 from afpq.recipe import Recipe, is_kept
@@ -138,6 +147,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.directory = Path(checkpoint_files[0]).parent if checkpoint_files else None  # with the card to upload
         headers = {key: info for file in checkpoint_files or () for key, info in _headers_of(file).items()}
         located = TensorLookup(headers, model)
+        added = next((part for key in headers if (part := wrapper_of(key))), "")
+        self.misnamed = f" (names in the files hold {added!r}; afpq quantize reads them without it)" if added else ""
         if self.pre_quantized and headers and (new := new_linears(model, located)):
             kept = self.quantization_config.modules_to_not_convert = sorted({*kept, *new})
         recipe, ends = self._settle(model, recipe, located)
@@ -148,8 +159,12 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None if is_kept(saved, kept) or name in schemes else recipe.scheme_for(saved)
 
         # A saved model lists every linear it kept; the blocks matter only for a new one.
-        self.blocks = [block.name for block in find_blocks(model)]
-        places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
+        places = [""] if self.pre_quantized else [f"{block.name}." for block in find_blocks(model)]
+        if not self.pre_quantized:
+            names = {name: saved_name(name, located) for name in linear_names(model, places)}
+            others = [saved_name(name.rpartition(".")[0], located) + ".weight" for name in model.state_dict()]
+            check_patterns(recipe, list(names.values()), others)
+            check_entries(kept, list(names.values()), others)
         pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         pack_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
@@ -183,7 +198,8 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             left = next((p for p in module._parameters if is_loading_slot(module, p)), None)
             if left is not None:
                 raise AfpqError(
-                    f"{name}.{left}: not in the checkpoint, or not under this name; list it as not to convert"
+                    f"{name}.{left}: not in the checkpoint, or not under this name{self.misnamed}; list it as not to "
+                    "convert"
                 )
             if isinstance(module, PackedModule):
                 module.check_scales(name)
@@ -191,7 +207,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             if self.learned:
                 self._note_codebooks(model)
-            warn_of_left(model, self.blocks)
+            warn_of_left(model)
         if self.quantization_config.dequantize:  # Transformers has dropped the config here, but the weights are packed
             unpack_model(model, model.dtype)
         return model

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from afpq.calibration.sensitivity import GroupLosses, SensitivitySettings, measure_losses
 from afpq.checkpoint.atomic_files import digest_value, write_json
+from afpq.checkpoint.fingerprint import DRAWN_BY, SETTINGS, TEXT
 from afpq.checkpoint.plan import Plan, Target
 from afpq.checkpoint.verify import checkpoint_digest
 from afpq.errors import AfpqError
@@ -76,7 +77,7 @@ class Choice:
     groups: tuple[GroupLosses, ...]
     schemes: tuple[Scheme, ...]
     kl: float
-    key: dict[str, str]
+    key: dict[str, Any]
 
     def layers(self) -> dict[str, Scheme]:
         """Return the scheme of every layer."""
@@ -114,7 +115,7 @@ def check_budget(plan: Plan, budget: Budget) -> None:
         )
 
 
-def choose_schemes(plan: Plan, budget: Budget, groups: Sequence[GroupLosses], key: dict[str, str]) -> Choice:
+def choose_schemes(plan: Plan, budget: Budget, groups: Sequence[GroupLosses], key: dict[str, Any]) -> Choice:
     """Choose the schemes of least predicted KL; layers that text does not reach get the most bits within the budget."""
     targets = {target.module: target for target in plan.block_targets}
     costs = [[sum(_bytes(targets[name], s) for name in group.layers) for s in budget.candidates] for group in groups]
@@ -176,15 +177,20 @@ def _fits(groups: Sequence[GroupLosses], targets: Sequence[Target], budget: Budg
     return layers == sorted(target.module for target in targets) and counts <= {len(budget.candidates)}
 
 
-def _key(plan: Plan, budget: Budget, how: SensitivitySettings) -> dict[str, str]:
+def _key(plan: Plan, budget: Budget, how: SensitivitySettings) -> dict[str, Any]:
     """Return everything that decides the losses, which the number of bits does not."""
     recipe = plan.recipe
     return {
         "version of afpq": __version__,
         "model": checkpoint_digest(plan.checkpoint),
-        "setting": digest_value(
-            [how.search, how.damp, how.guided, how.seed, recipe.skip, [pattern for pattern, _ in recipe.overrides]]
-        ),
-        "list of candidates": digest_value([list(map(str, budget.candidates))]),
-        "text": digest_value(how.windows.tolist()),
+        SETTINGS: {
+            "scale search": how.search,
+            "damp": how.damp,
+            "use of gradients": how.guided,
+            DRAWN_BY[2]: how.seed,
+            "list of skips": list(recipe.skip),
+            "list of overridden layers": [pattern for pattern, _ in recipe.overrides],
+            "list of candidates": list(map(str, budget.candidates)),
+        },
+        TEXT: digest_value(how.windows.tolist()),
     }

@@ -52,17 +52,26 @@ def _solving(plan: Plan, windows: tuple[int, int] | None) -> Estimate:
         return Estimate(BASE_BYTES + 2 * largest, 0, 3 * solve + (flops / _flops() if flops else 0))
     tokens = windows[0] * windows[1]
     memory = _calibration_bytes(plan, costs, largest)
-    width = min(t.shape[1] for t in plan.block_targets or plan.targets)
-    files = 4 if recipe.traits.float_model else 2
     flops = _calibration_flops(plan, tokens, recipe.traits.float_model) + sum(cost.flops for cost in costs)
     if recipe.traits.gradients:
-        files += sum(unit.in_blocks for unit in plan.units)  # what enters each block; then the gradients behind it
         flops += _gradient_flops(plan, tokens)
     if METHODS[recipe.method].scales_channels:
         elements = sum(t.elements for t in plan.targets)
         flops += AWQ_GRID * FOLDS * 2 * min(tokens, BLOCK_BATCH_TOKENS) * elements / 2  # half of a block, on average
         solve += AWQ_GRID * elements / _rate(lambda: quantize_rtn(_WEIGHT, scheme))
-    return Estimate(memory, 4 * tokens * width * files, solve + flops / _flops())
+    return Estimate(memory, scratch_bytes(plan, windows), solve + flops / _flops())
+
+
+def scratch_bytes(plan: Plan, windows: tuple[int, int] | None) -> int:
+    """Return the bytes of the files of hidden states, float32, while a run of (count, length) windows is calibrated."""
+    recipe = plan.recipe
+    if windows is None or not METHODS[recipe.method].calibrated:
+        return 0
+    width = min(t.shape[1] for t in plan.block_targets or plan.targets)
+    files = 4 if recipe.traits.float_model else 2
+    if recipe.traits.gradients:
+        files += sum(unit.in_blocks for unit in plan.units)  # what enters each block; then the gradients behind it
+    return 4 * windows[0] * windows[1] * width * files
 
 
 def _costs(plan: Plan) -> list[Cost]:

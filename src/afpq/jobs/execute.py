@@ -12,6 +12,7 @@ from afpq.calibration.round_units import UnitResult, run
 from afpq.checkpoint.verify import digest
 from afpq.checkpoint.work_directory import WorkDirectory, work_directory
 from afpq.checkpoint.writer import ShardWriter
+from afpq.jobs.disk_room import bytes_on_disk
 from afpq.jobs.finish_directory import Outcome, check_memory, finish_directory
 from afpq.jobs.finite_values import check_kept
 from afpq.jobs.prepare import Job
@@ -24,7 +25,7 @@ def execute(job: Job, out: Path, *, resume: bool = True, progress: Progress | No
     The result gets its name once it has passed the self-test and has its card. Raises AfpqError if it does not pass.
     """
     check_kept(job.plan, job.model)
-    with work_directory(out, job.plan.output_bytes, job.fingerprint(), resume) as work:
+    with work_directory(out, bytes_on_disk(job), job.fingerprint(), resume) as work:
         check_memory(job, work)
         _write_weights(job, work, progress)
         return finish_directory(job, work, progress)

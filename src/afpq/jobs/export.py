@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afpq.checkpoint.companions import refuse_adapter
 from afpq.checkpoint.quantized_layers import QuantizedLayer, quantized_layers
 from afpq.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
 from afpq.checkpoint.unaware_loaders import unguarded
@@ -64,6 +65,7 @@ def export(
     for a tensor too large for `dtype`.
     """
     checkpoint = open_checkpoint(model)
+    refuse_adapter(checkpoint.directory)
     layers = quantized_layers(checkpoint, trust_remote_code)
     packed = {name: layer for layer in layers for name in layer.tensors.values()}
     plain = [name for name in checkpoint.tensors if name not in packed]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.atomic_files import write_json, write_whole
 from afpq.checkpoint.checksums import write_checksums
+from afpq.checkpoint.companions import copy_companions
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.quantization_config import config_to_json
 from afpq.checkpoint.reader import open_checkpoint
@@ -141,16 +141,16 @@ def finish_directory(job: Job, work: WorkDirectory, progress: Progress | None) -
     if job.choice is not None:
         write_json(work.path / SENSITIVITIES, job.choice.to_json())
     (work.path / LOG_NAME).write_text("\n".join(map(json.dumps, notes)) + "\n", "utf-8")
-    for path in plan.checkpoint.companions():
-        shutil.copyfile(path, work.path / path.name)
+    copy_companions(plan.checkpoint, work.path)
     config = _config(job, plan, ended)
     with work.as_published(config) as directory:
         written = open_checkpoint(directory)
         check_tensors(written, plan.outputs(), work.digests)
         write_checksums(work.path, plan.outputs(), work.digests, config)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
-        tested = check_reloaded(written, plan, job.model, trust)
+        tested = work.public(check_reloaded(written, plan, job.model, trust), directory)
         measured = _measured(job, directory, progress)
+        measured = work.public(measured, directory) if isinstance(measured, str) else measured
     model = job.name or str(plan.checkpoint.directory)
     write_card(work.path, Card(model, job.plan, notes, _calibration(job, ended), measured, tested, job.choice))
     write_json(work.path / "config.json", config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from afpq.algorithms.methods import METHODS, NEAREST
 from afpq.calibration.sensitivity import SensitivitySettings, measured_windows
-from afpq.checkpoint.atomic_files import digest_value
+from afpq.checkpoint.companions import refuse_adapter
+from afpq.checkpoint.fingerprint import BUDGET, CODE_BOOKS, DRAWN_BY, SETTINGS, TEXT, code_books, recipe_settings
 from afpq.checkpoint.make_plan import make_plan
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import open_checkpoint
@@ -52,8 +53,10 @@ class CalibrationSettings:
     all_experts: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.seq_len < 2:
-            raise AfpqError(f"calibration needs at least 1 sample of 2 tokens, got {self.samples} of {self.seq_len}")
+        if self.samples < 1:
+            raise AfpqError(f"samples {self.samples}: calibration needs at least one")
+        if self.seq_len < 2:
+            raise AfpqError(f"sequence length {self.seq_len}: calibration needs windows of at least 2 tokens")
         if not 0 <= self.seed < 2**63:
             raise AfpqError(f"seed {self.seed}: use a number from 0 to 2^63 - 1")
         self.torch_device()
@@ -89,20 +92,34 @@ class Job:
     choice: Choice | None = None  # if the plan's schemes were chosen under a budget of bits
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return digests of everything that decides the result; a stopped run goes on only if they are equal."""
+        """Return everything that decides the result: the settings as data, the rest as digests.
+
+        A stopped run goes on only if they are equal.
+        """
         recipe = self.plan.recipe
         windows = b"" if self.windows is None else self.windows.numpy().tobytes()
         return {
             "version of afpq": __version__,
             "model": checkpoint_digest(self.plan.checkpoint),
-            "setting": digest_value(
-                [
-                    asdict(replace(recipe, options=recipe.solver_options)),
-                    asdict(self.settings) if self.windows is not None else None,
-                ]
-            ),
-            "text": hashlib.sha256(windows).hexdigest(),
+            CODE_BOOKS: code_books(recipe),
+            SETTINGS: {
+                **recipe_settings(recipe),
+                **(_drawing(self.settings) if self.windows is not None else {}),
+                BUDGET: None if self.choice is None else self.choice.budget.bits_per_weight,
+            },
+            TEXT: hashlib.sha256(windows).hexdigest(),
         }
+
+
+def _drawing(settings: CalibrationSettings) -> dict[str, Any]:
+    samples, length, seed = DRAWN_BY
+    return {
+        samples: settings.samples,
+        length: settings.seq_len,
+        seed: settings.seed,
+        "device": settings.device,
+        "use of all experts": settings.all_experts,
+    }
 
 
 @dataclass(frozen=True)
@@ -161,9 +178,13 @@ def prepare(
     Raises AfpqError for bad input, and if a calibrated method, a budget or the end pass has no text.
     """
     texts, settings = texts or Texts(), settings or CalibrationSettings()
+    refuse_adapter(Path(model))
     checkpoint = open_checkpoint(model)
+    refuse_adapter(checkpoint.directory)
     skeleton = build_skeleton(checkpoint.directory, trust_remote_code)
     plan = make_plan(checkpoint, skeleton, recipe)
+    if settings.all_experts and not any(target.expert for target in plan.targets):
+        raise AfpqError(f"--all-experts has no effect: {type(skeleton).__name__} has no experts that are quantized")
     calibrated = METHODS[recipe.method].calibrated
     user = _user_of_text(recipe, search)
     if user is not None:

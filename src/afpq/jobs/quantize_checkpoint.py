@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from afpq.algorithms.methods import NEAREST
 from afpq.algorithms.solver_options import GptqOptions, SolverOptions
+from afpq.checkpoint.work_directory import refuse_existing
 from afpq.jobs.bit_budget import Budget, make_budget
 from afpq.jobs.execute import execute
 from afpq.jobs.finish_directory import Outcome
+from afpq.jobs.notices import notices
 from afpq.jobs.prepare import BudgetSearch, CalibrationSettings, Job, Texts, prepare, sensitivities_file
 from afpq.numerics.scheme import DEFAULT_SCHEME, Scheme, parse_scheme
 from afpq.progress import Progress
@@ -34,14 +37,24 @@ class Request:
     trust_remote_code: bool = False
 
 
+def _log(line: str) -> None:
+    logging.getLogger("afpq").warning("%s", line)
+
+
 def run_request(
-    request: Request, progress: Progress | None = None, dry_run: bool = False
+    request: Request,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+    note: Callable[[str], object] = _log,
 ) -> tuple[Job, Outcome | None]:
     """Prepare the job and, except in a dry run, carry it out. Raises AfpqError for bad input.
 
+    `note` gets each line of `notices` before the work begins; by default they are logged as warnings.
     Sensitivities measured for a budget are kept next to `out` until the result, which contains them, is complete.
     """
     search = None
+    if not dry_run:
+        refuse_existing(request.out)
     if request.budget is not None:
         file = sensitivities_file(request.out, request.sensitivities, request.resume)
         search = BudgetSearch(request.budget, file)
@@ -54,6 +67,8 @@ def run_request(
         search=search,
         progress=progress,
     )
+    for line in notices(job):
+        note(line)
     if dry_run:
         return job, None
     outcome = execute(job, request.out, resume=request.resume, progress=progress)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from afpq.checkpoint.atomic_files import write_json
 from afpq.checkpoint.checksums import write_checksums
+from afpq.checkpoint.companions import companion_bytes, copy_companions
 from afpq.checkpoint.reader import CARD, Checkpoint, open_checkpoint
 from afpq.checkpoint.verify import check_tensors, digest
 from afpq.checkpoint.work_directory import work_directory
@@ -50,7 +50,8 @@ def rewrite(
     digests: dict[str, str] = {}
     done = 0
     # Its journal has no finished units, but `resume` keeps the OUT.partial of another run that can be resumed.
-    with work_directory(out, job.output_bytes, {"command": "a conversion"}, resume=True) as work:
+    needed = job.output_bytes + companion_bytes(job.source)
+    with work_directory(out, needed, {"command": "a conversion"}, resume=True) as work:
         with ShardWriter(work.path, job.outputs) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor)
@@ -58,8 +59,7 @@ def rewrite(
                 done += tensor.nbytes
                 if progress is not None:
                     progress(name, done, job.output_bytes)
-        for path in job.source.companions():
-            shutil.copyfile(path, work.path / path.name)
+        copy_companions(job.source, work.path)
         (work.path / CARD).write_text(job.card, "utf-8")
         with work.as_published(job.config) as directory:
             written = open_checkpoint(directory)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afpq.calibration.sensitivity import GroupLosses
+from afpq.checkpoint.fingerprint import differences
 from afpq.checkpoint.reader import read_json
 from afpq.errors import AfpqError
 from afpq.numerics.scheme import Scheme
@@ -15,7 +16,7 @@ from afpq.numerics.scheme import Scheme
 SENSITIVITIES = "afpq_sensitivities.json"  # in a result whose schemes were chosen: the measurements and the choice
 
 
-def losses_to_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], key: dict[str, str]) -> dict[str, Any]:
+def losses_to_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], key: dict[str, Any]) -> dict[str, Any]:
     """Return the file's content; `key` identifies the measurement."""
     return {
         "measured_on": key,
@@ -24,7 +25,7 @@ def losses_to_json(candidates: Sequence[Scheme], groups: Sequence[GroupLosses], 
     }
 
 
-def read_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
+def read_losses(file: Path, key: dict[str, Any]) -> list[GroupLosses] | None:
     """Read the losses in `file`; None if there is no such file.
 
     Raises AfpqError if they were measured on something else than `key`, and for another kind of file.
@@ -33,7 +34,7 @@ def read_losses(file: Path, key: dict[str, str]) -> list[GroupLosses] | None:
         return None
     content = read_json(file)
     found = content.get("measured_on")
-    differing = [name for name in key if not isinstance(found, dict) or found.get(name) != key[name]]
+    differing = differences(found, key)
     if differing:
         raise AfpqError(
             f"{file}: sensitivities of another {' and another '.join(differing)}; "

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Count the weights of a model's blocks that were not quantized, and warn if they are many."""
+"""Count the weights of a model's blocks that were not quantized, and warn if they are many.
+
+One rule for all counts, which headers alone can follow: a block's tensors are those with a number in their name.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,6 +16,16 @@ from afpq.model.linear import AfpqLinear
 
 LOW_COVERAGE = 0.95  # below it a warning; the small rest of a usual model is convolutions, routers and the like
 MAX_KINDS_NAMED = 6  # in a warning
+
+
+def in_block(name: str) -> bool:
+    """Whether a tensor's, or a module's, name contains a number, as those of repeated blocks do."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def share_quantized(quantized: int, left: Mapping[str, int]) -> float:
+    """Return the share of the blocks' weights that is quantized; 0 if the blocks have no weights."""
+    return quantized / (quantized + sum(left.values()) or 1)
 
 
 def kinds_left(weights: Mapping[str, int]) -> dict[str, int]:
@@ -37,12 +50,11 @@ def coverage_warning(coverage: float, left: Mapping[str, int]) -> str | None:
     )
 
 
-def warn_of_left(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Log that warning for a model whose linears have been replaced; `blocks` are the names of its blocks."""
-    places = tuple(f"{name}." for name in blocks)
-    layers = [m for name, m in model.named_modules() if isinstance(m, AfpqLinear) and name.startswith(places)]
+def warn_of_left(model: nn.Module) -> None:
+    """Log that warning for a model whose linears have been replaced."""
+    layers = [m for name, m in model.named_modules() if isinstance(m, AfpqLinear) and in_block(name)]
     quantized = sum(layer.in_features * layer.out_features for layer in layers)
-    left = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1 and n.startswith(places)}
-    warning = coverage_warning(quantized / (quantized + sum(left.values()) or 1), left)
+    left = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1 and in_block(n)}
+    warning = coverage_warning(share_quantized(quantized, left), left)
     if warning is not None:
         logging.getLogger("afpq").warning("%s: %s", type(model).__name__, warning)

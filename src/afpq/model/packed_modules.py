@@ -35,6 +35,16 @@ def convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def linear_names(model: nn.Module, places: Sequence[str]) -> list[str]:
+    """Return the names of the linears that `pack_matrices` asks for the scheme of, each expert's too."""
+    names: list[str] = []
+    for name, module in convertible(model):
+        if name.startswith(tuple(places)):
+            form = expert_form(module)
+            names += [name] if form is None else [f"{name}.{linear}" for linear in form.linears()]
+    return names
+
+
 def pack_matrices(
     model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, leaves: tuple[str, ...], packed: bool
 ) -> None:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from afpq.algorithms.methods import METHODS, solve_without_data
 from afpq.errors import AfpqError
-from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, replace_module
+from afpq.model.blocks import TransposedLinear, find_linears, replace_module
 from afpq.model.coverage import warn_of_left
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.model.embedding_and_head import settle_recipe
 from afpq.model.linear import AfpqLinear, PackedModule
+from afpq.model.patterns import check_patterns
 from afpq.model.replace_ends import replace_ends
 from afpq.model.unfuse import unfuse
 from afpq.numerics.formats import repeated_codebook_bytes
@@ -31,11 +32,11 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     if METHODS[recipe.method].calibrated:
         raise AfpqError(f"method {recipe.method!r} needs calibration text; use afpq.quantize, and load its result")
     unfuse(model, lambda name: recipe.scheme_for(name) is not None)
-    blocks = [block.name for block in find_blocks(model)]
     recipe, ends = settle_recipe(model, recipe)
+    check_patterns(recipe, [name for name, _ in find_linears(model)], model.state_dict())
     chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
     if all(scheme is None for _, _, scheme in chosen) and not ends.schemes(recipe):
-        raise AfpqError("no linear layer left to quantize; see skip")
+        raise AfpqError(f"no linear layer {'left to quantize; see skip' if recipe.skip else 'in blocks of the model'}")
     for name, linear, scheme in chosen:
         if scheme is not None:
             solved = _quantize(name, linear.weight, scheme, recipe)
@@ -51,7 +52,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
         return AfpqLinear.from_weight(solved, module.bias)
 
     replace_ends(model, ends, ends.schemes(recipe), quantize_end)
-    warn_of_left(model, blocks)
+    warn_of_left(model)
     return model
 
 
