@@ -15,6 +15,9 @@ KNOWN = "assert 'afpq' in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING, '
     "lines",
     [
         "import afpq; import transformers.quantizers.auto",
+        "import afpq; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING",
+        "import afpq; import transformers.quantizers; import transformers.quantizers.auto",
+        "import afpq.integrations.transformers; import transformers.quantizers.auto",
         "import afpq; from transformers import AutoModelForCausalLM; import transformers.modeling_utils",
         "import afpq; from transformers import PreTrainedModel",
         "import transformers.quantizers.auto; import afpq",

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 PLUGIN = "afpq.integrations.transformers"
-TABLE = "transformers.quantizers.auto"  # where Transformers keeps its methods
+TABLE = "transformers.quantizers"  # the package in which Transformers keeps its methods
 MODELS = "transformers.modeling_utils"  # imports TABLE, and must be whole before the plug-in imports it
 
 
@@ -29,7 +29,10 @@ def register_when_imported() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds TABLE and MODELS as everybody does, and imports the plug-in behind whichever is whole first."""
+    """Finds TABLE and MODELS as everybody does, and imports the plug-in behind whichever is whole first.
+
+    TABLE is imported while MODELS is: then the plug-in waits for MODELS.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
