@@ -7,9 +7,9 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from layer_problem import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_problem import problem
 from torch import Tensor
 
 from afpq.algorithms import quantize_rtn

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_problem import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_problem import problem
 from torch import Tensor
 
 from afpq.algorithms import SingularHessian, toward_float_outputs

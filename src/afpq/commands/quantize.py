@@ -11,19 +11,6 @@ import typer
 from rich.table import Table
 
 from afpq.algorithms.methods import METHODS, NEAREST
-from afpq.commands.console import (
-    check_json_place,
-    choice_json,
-    console,
-    outcome_json,
-    plan_json,
-    print_estimate,
-    print_outcome,
-    print_plan,
-    progress_bar,
-    quiet_transformers,
-    save_json,
-)
 from afpq.commands.flags import option_parameters, option_types, options_of, with_flags
 from afpq.commands.options import (
     DatasetOption,
@@ -31,9 +18,19 @@ from afpq.commands.options import (
     JsonOption,
     ModelArgument,
     TextOption,
+    ThreadsOption,
     TrustOption,
     WithBareOptions,
-    app,
+    command,
+)
+from afpq.commands.output import (
+    check_json_place,
+    console,
+    progress_bar,
+    quiet_transformers,
+    results,
+    save_json,
+    use_threads,
 )
 from afpq.errors import AfpqError
 from afpq.numerics.formats import parse_format
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
     from afpq.jobs.prepare import Texts
 
 
-@app.command()
+@command()
 def demo(
     report: Annotated[Path | None, typer.Option(help="Write report.md, .json and .png into this directory.")] = None,
 ) -> None:
@@ -60,7 +57,7 @@ def demo(
         column.justify = "right"
     for index, row in enumerate(rows):
         table.add_row(*cells(row), end_section=index % 6 == 0)
-    console.print(table)
+    results.print(table)
     text = (
         "A 2.6-million-parameter Llama trained on the Python standard library, measured on modules it has never "
         "seen. KL is the distance from the original model's predictions; `asym` has one scale for the positive and "
@@ -69,7 +66,7 @@ def demo(
     console.print(text.replace("`", ""))
     if report is not None:
         for path in write_report(report, title, text, rows):
-            console.print(f"wrote {path}")
+            results.print(f"wrote {path}")
         if not (report / "report.png").exists():
             console.print("no picture: pip install 'afpq[plot]' for one")
 
@@ -155,13 +152,14 @@ class RunFlags:
         bool, typer.Option("--all-experts", help="Mixtures: each expert learns from all tokens, not only its own.")
     ] = False
     device: DeviceOption = "auto"
+    threads: ThreadsOption = None
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False
     json: JsonOption = None
     trust_remote_code: TrustOption = False
 
 
-@app.command(cls=WithBareOptions, epilog="\n\n".join(f"{name}: {method.summary}" for name, method in METHODS.items()))
+@command(cls=WithBareOptions, epilog="\n\n".join(f"{name}: {method.summary}" for name, method in METHODS.items()))
 @with_flags(options=option_parameters(option_types()))
 def quantize(
     model: ModelArgument,
@@ -173,6 +171,14 @@ def quantize(
     run: RunFlags,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
+    from afpq.commands.console import (
+        choice_json,
+        outcome_json,
+        plan_json,
+        print_estimate,
+        print_outcome,
+        print_plan,
+    )
     from afpq.jobs.bit_budget import make_budget
     from afpq.jobs.estimate import estimate
     from afpq.jobs.prepare import CalibrationSettings
@@ -181,6 +187,7 @@ def quantize(
     recipe = _recipe(scheme, choice, options, run)
     settings = CalibrationSettings(text.samples, text.seq_len, text.seed, run.device, run.all_experts)
     check_json_place(run.json)
+    use_threads(run.threads)
     budget = make_budget(choice.bits_per_weight, None if choice.candidates is None else choice.candidates.split(","))
     request = Request(
         model=model,

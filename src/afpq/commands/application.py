@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: MIT
+"""The application with all its commands."""
+
+from __future__ import annotations
+
+from afpq.commands import compare, evaluate, export_import, inspect, quantize
+from afpq.commands.options import app as app
+
+COMMANDS = (quantize, inspect, evaluate, compare, export_import)  # importing them registers their commands
