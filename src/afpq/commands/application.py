@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from afpq.commands import compare, evaluate, export_import, inspect, quantize
+from afpq.commands import compare, evaluate, export_import, generate, inspect, quantize
 from afpq.commands.options import app as app
 
-COMMANDS = (quantize, inspect, evaluate, compare, export_import)  # importing them registers their commands
+COMMANDS = (quantize, inspect, evaluate, generate, compare, export_import)  # importing them registers their commands

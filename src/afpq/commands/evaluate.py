@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`afpq eval`, `afpq info` and `afpq generate`: what can be done with a model that is there."""
+"""`afpq eval` and `afpq info`: figures of a model that is there."""
 
 from __future__ import annotations
 
@@ -75,12 +75,14 @@ def evaluate_command(
         if tasks is not None:
             options = TaskOptions(include_path, limit, num_fewshot, batch_size, allow_code_execution)
             run = TaskRun(tasks.split(","), options, progress=errors.is_terminal)
-        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
-        if content is not None:
+        with progress_bar("loading"):
+            loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
             other = None if reference is None else load_model(reference, trust_remote_code, device)
+        if content is not None:
             result |= _measure_text(loaded, tokenizer, content, seq_len, max_tokens, other)
         if run is not None:
-            scores = run.run(loaded, tokenizer)
+            with progress_bar("tasks", bar=False):  # at a terminal the harness has bars of its own
+                scores = run.run(loaded, tokenizer)
             _print_tasks(scores, limit)
             result["tasks"] = {name: score.to_json() for name, score in scores.items()}
     save_json(json, result)
@@ -153,23 +155,3 @@ def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: Trust
     results.print(f"parameters      {result.quantized_parameters:,} quantized of {result.total_parameters:,}")
     results.print(f"files           {size_text(result.file_bytes)}")
     save_json(json, result.to_json())
-
-
-@command()
-def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to the prompt, at most.")] = 64,
-    compute: Annotated[str, typer.Option(help="Arithmetic on a CPU: exact, or int8, which is faster.")] = "exact",
-    device: DeviceOption = "auto",
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Continue a text, greedily."""
-    from afpq.evaluation.loading import generate_text, load_model, load_tokenizer
-    from afpq.kernels import set_compute
-
-    set_compute(compute)
-    with quiet_transformers():
-        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
-        text = generate_text(loaded, tokenizer, prompt, max_new_tokens)
-    results.print(text)

@@ -49,7 +49,7 @@ def reset_output() -> None:
     if _choice.json_to is not None:
         sys.stdout = _choice.json_to
     vars(_choice).update(vars(_Choice()))
-    console.quiet = False
+    console.quiet = results.quiet = False
 
 
 def choose_output(verbose: bool, quiet: bool) -> None:
@@ -99,6 +99,7 @@ def check_json_place(path: Path | None) -> None:
         return
     if path == STANDARD_OUTPUT:
         _choice.json_to, sys.stdout = sys.stdout, sys.stderr
+        results.quiet = _choice.quiet  # the JSON is the result
         return
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):

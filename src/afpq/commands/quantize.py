@@ -171,6 +171,8 @@ def quantize(
     run: RunFlags,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
+    recipe = _recipe(scheme, choice, options, run)  # a mistake in it needs no imports
+
     from afpq.commands.console import (
         choice_json,
         outcome_json,
@@ -184,7 +186,6 @@ def quantize(
     from afpq.jobs.prepare import CalibrationSettings
     from afpq.jobs.quantize_checkpoint import Request, run_request
 
-    recipe = _recipe(scheme, choice, options, run)
     settings = CalibrationSettings(text.samples, text.seq_len, text.seed, run.device, run.all_experts)
     check_json_place(run.json)
     use_threads(run.threads)
