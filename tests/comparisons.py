@@ -26,7 +26,7 @@ def question(model: Path, **changes: Any) -> Question:
 def run_comparison(asked: Question, directory: Path) -> tuple[list[Result], list[str], Agenda]:
     notes: list[str] = []
     agenda = make_agenda(asked)
-    results = Comparison(asked, agenda, directory).run(lambda what, share: None, notes.append)
+    results = Comparison(asked, agenda, directory).run(lambda *_: None, notes.append)
     return results, notes, agenda
 
 

@@ -16,9 +16,7 @@ from command_line import packed as packed
 from afpq.evaluation.loading import load_tokenizer
 from afpq.kernels import set_compute
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<A>' if add_generation_prompt }}"
-)
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<A>' if add_generation_prompt }}"
 FEW = ("--max-new-tokens", "3")
 
 
