@@ -56,10 +56,8 @@ def commands() -> dict[str, Any]:
     """Name -> Typer's command, in the order of `afpq --help`."""
     import typer
 
-    import afpq.cli  # registers them
-    from afpq.commands.options import app
+    from afpq.commands.application import app
 
-    assert afpq.cli.COMMANDS
     group = typer.main.get_command(app)
     found: dict[str, Any] = group.commands  # type: ignore[attr-defined]
     return found

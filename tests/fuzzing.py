@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import afpq
+import afpq.kernels
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.reader import INDEX, WEIGHTS, open_checkpoint
 from afpq.errors import AfpqError

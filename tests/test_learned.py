@@ -24,7 +24,7 @@ from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.quantization_config import config_from_json, config_to_json
 from afpq.checkpoint.reader import WEIGHTS
-from afpq.cli import app
+from afpq.commands.application import app
 from afpq.jobs.export import export
 from afpq.jobs.finish_directory import LOG_NAME
 from afpq.kernels import reference

@@ -18,7 +18,7 @@ import afpq
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import open_checkpoint
-from afpq.cli import app
+from afpq.commands.application import app
 from afpq.errors import AfpqError
 from afpq.evaluation.loading import load_model
 from afpq.jobs.estimate import _calibration_flops, _expert_share

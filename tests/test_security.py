@@ -24,7 +24,7 @@ import afpq
 from afpq import AfpqError
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.reader import INDEX, WEIGHTS, open_checkpoint
-from afpq.commands.options import app
+from afpq.commands.application import app
 from afpq.evaluation.inspect_weights import inspect_model
 from afpq.evaluation.loading import load_model, load_tokenizer
 

@@ -13,8 +13,7 @@ from typing import Any
 from afpq.algorithms.methods import METHODS, NEAREST, Traits
 from afpq.algorithms.solver_options import GptqOptions, SolverOptions
 from afpq.errors import AfpqError
-from afpq.numerics.scale_search import SCALE_SEARCHES
-from afpq.numerics.scheme import Scheme, parse_scheme
+from afpq.numerics.scheme import SCALE_SEARCHES, Scheme, parse_scheme
 
 
 def is_kept(name: str, kept: Iterable[str]) -> bool:

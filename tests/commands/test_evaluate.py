@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`afpq eval`, `info` and `generate` from the command line: the library's figures, one clear line for bad options."""
+"""`afpq eval` and `info` from the command line: the library's figures, one clear line for bad options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from afpq.checkpoint.reader import WEIGHTS
 from afpq.evaluation.perplexity import evaluate
 from afpq.evaluation.text import tokenize, windows
-from afpq.kernels import set_compute
 
 
 def test_eval_measures_as_the_library_does(cli: Cli, packed: Path, text: Path, tmp_path: Path) -> None:
@@ -60,14 +59,6 @@ def test_info_of_an_original_model(cli: Cli, tiny_model_dir: Path, tmp_path: Pat
     result = cli("info", tiny_model_dir, "--json", tmp_path / "i.json")
     assert result.code == 0 and "not quantized" in result.out
     assert read_json(tmp_path / "i.json")["bits_per_weight"] == 16
-
-
-def test_generate_prints_text_as_it_is(cli: Cli, packed: Path) -> None:
-    prompt = "[bold]a[/bold] [/x] :smile: " + "long " * 15
-    result = cli("generate", packed, prompt, "--max-new-tokens", "3")
-    assert (result.code, result.err) == (0, "")
-    assert result.out.startswith(prompt)
-    assert cli("generate", packed, prompt, "--max-new-tokens", "3") == result
 
 
 BAD_EVAL: dict[str, tuple[list[str], list[str]]] = {
@@ -111,28 +102,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
     cli: Cli, make_model: ModelMaker, text: Path, tmp_path: Path
 ) -> None:
     assert_refused(cli("eval", make_model(tmp_path / "model", vocab_size=128), "--text", text), "vocabulary")
-
-
-def test_generate_in_either_arithmetic(cli: Cli, packed: Path) -> None:
-    """A random model of one token after the other: int8 may choose others, but says something."""
-    try:
-        assert cli("generate", packed, "a", "--max-new-tokens", "3", "--compute", "int8").code == 0
-    finally:
-        assert set_compute("exact") == "int8"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [""],
-        ["a", "--max-new-tokens", "0"],
-        ["a", "--max-new-tokens", "x"],
-        ["a", "--compute", "int4"],
-        ["a", "--device", "abacus"],
-    ],
-)
-def test_bad_options_of_generate(cli: Cli, packed: Path, options: list[str]) -> None:
-    assert_refused(cli("generate", packed, *options))
 
 
 @pytest.mark.parametrize("command", ["eval", "info", "generate"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afpq import AfpqError
-from afpq.comparison.cells import FLOAT, Cell, LayerError, Result, changes, load, save
+from afpq.comparison.cells import FLOAT, Cell, LayerError, Result, changes, load, load_all, place_of, save
 from afpq.evaluation.perplexity import Evaluation
 
 RESULT = Result(
@@ -24,15 +25,33 @@ RESULT = Result(
 
 def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     save(tmp_path, RESULT, {"model": "a"})
-    assert [path.name for path in tmp_path.iterdir()] == ["nf3-asym-g128_gptq.json"]
-    assert load(tmp_path / "nf3-asym-g128_gptq.json") == (RESULT, {"model": "a"})
+    place = place_of(tmp_path, RESULT.cell, {"model": "a"})
+    assert [*tmp_path.iterdir()] == [place] and place.name.startswith("nf3-asym-g128_gptq-")
+    assert load(place) == (RESULT, {"model": "a"})
+
+
+def test_the_same_cell_with_other_settings_lies_beside_it(tmp_path: Path) -> None:
+    save(tmp_path, RESULT, {"text": "a"})
+    save(tmp_path, replace(RESULT, seconds=1.0), {"text": "b"})
+    assert {each.fingerprint["text"]: each.result.seconds for each in load_all(tmp_path)} == {"a": 12.5, "b": 1.0}
+    (tmp_path / "torn.json").write_text("{")
+    assert len(load_all(tmp_path)) == 2
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Its name has no digest, and it has no words for its text."""
+    value = RESULT.to_json()
+    del value["text"]
+    (tmp_path / "nf3-asym-g128_gptq.json").write_text(json.dumps({"fingerprint": {"model": "a"}, "result": value}))
+    assert [each.result for each in load_all(tmp_path)] == [RESULT]
 
 
 def test_one_window_has_no_standard_error_and_is_still_json(tmp_path: Path) -> None:
     single = Result(FLOAT, 16.0, 0.0, 1, Evaluation(5.0, math.nan, 3, 0.1, math.nan, 1.0), (1.6,), ())
     save(tmp_path, single, {})
-    assert "NaN" not in (tmp_path / "float.json").read_text()
-    found = load(tmp_path / "float.json")
+    place = place_of(tmp_path, FLOAT, {})
+    assert "NaN" not in place.read_text()
+    found = load(place)
     assert found is not None and math.isnan(found[0].evaluation.standard_error)
     assert found[0].evaluation.kl_standard_error is not None and math.isnan(found[0].evaluation.kl_standard_error)
 
@@ -61,7 +80,7 @@ def test_what_is_no_result_counts_as_nothing(tmp_path: Path, text: str) -> None:
 
 def test_a_torn_file_counts_as_nothing(tmp_path: Path) -> None:
     save(tmp_path, RESULT, {})
-    path = tmp_path / "nf3-asym-g128_gptq.json"
+    path = place_of(tmp_path, RESULT.cell, {})
     path.write_bytes(path.read_bytes()[:-20])
     assert load(path) is None
 

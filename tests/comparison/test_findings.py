@@ -87,4 +87,15 @@ def test_sentences_name_the_best_the_front_and_the_pairs() -> None:
     assert "int3-asym-g128 rtn (3.148), nf3-asym-g128 rtn (3.250); every other cell has" in findings
     assert "against nf3-sym-g64 rtn, at equal bits: two scales are better by 9 % of the KL" in findings
     assert "against int3-asym-g128 rtn, which has 0.10 bits less: two scales are better" in findings
+    assert "Not measured" not in findings
     assert sentences([ORIGINAL]) == []
+
+
+def test_what_was_not_measured_is_one_line_at_the_end() -> None:
+    other = result("nf4-asym-g128", "rtn", 4.25, 0.01)
+    *others, last = sentences([ORIGINAL, TWO, other])
+    assert last == (
+        "Not measured, and needed to judge two scales at equal bits: nf3-sym-g64 rtn, int3-asym-g128 rtn, "
+        "nf4-sym-g64 rtn, int4-asym-g128 rtn."
+    )
+    assert not any("measured" in sentence for sentence in others)

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import pytest
 from comparisons import HALF, ORIGINAL, TWO, ZERO
 
 from afpq.comparison.cells import Cell
@@ -67,6 +72,7 @@ def test_every_name_is_escaped() -> None:
 def test_the_table_has_all_cells_and_sorts_by_numbers() -> None:
     elements = Elements(make())
     assert [text for tag, text in elements.texts if tag == "button"] == [t.strip() for t in HEADER]
+    assert HEADER[HEADER.index("true bits") + 1].startswith("KL")
     values = [attributes["data-v"] for tag, attributes in elements.found if tag == "td" and "data-v" in attributes]
     assert {"16.000", "3.250", "3.148", "31.0"} <= set(values)
     classes = [attributes.get("class") for tag, attributes in elements.found if tag == "tr"]
@@ -89,3 +95,32 @@ def test_light_and_dark() -> None:
 def test_a_comparison_with_nothing_but_the_float_model() -> None:
     elements = Elements(page("t", [], ABOUT, [ORIGINAL], []))
     assert [text for tag, text in elements.texts if tag == "h2"] == ["All cells", "How it was measured"]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+MEASURE = """<iframe src="page.html" style="width: 390px; height: 800px; border: 0"></iframe><script>
+onload = () => { const page = document.querySelector("iframe").contentDocument;
+  const tables = [...page.querySelectorAll("table")], head = t => [...t.tHead.rows[0].cells];
+  const right = t => Math.max(...[...t.rows].map(row => row.cells[head(t).findIndex(cell =>
+    cell.textContent.startsWith("KL"))].getBoundingClientRect().right));
+  document.title = "edges " + tables.map(right).join(" ") + " of " + page.documentElement.scrollWidth;
+};</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_a_telephone_shows_the_kl_without_scrolling(tmp_path: Path) -> None:
+    scheme = "learned3-asym-g128-log8"
+    wide = [replace(TWO, cell=Cell(scheme, "awq+gptq")), replace(HALF, cell=Cell("nf4-sym-g64-float32", "tune"))]
+    html = page("A model", ["A finding."], ABOUT, [ORIGINAL, TWO, HALF, ZERO, *wide], GROUPS)
+    (tmp_path / "page.html").write_text(html, "utf-8")
+    (tmp_path / "frame.html").write_text(MEASURE, "utf-8")
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+        (tmp_path / "frame.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>edges ([\d.]+) ([\d.]+) of (\d+)</title>", done.stdout)
+    assert found is not None, done.stdout[-500:] + done.stderr[-500:]
+    cells, pairs, whole = map(float, found.groups())
+    assert cells <= 390 and pairs <= 390 and whole <= 390

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,11 +60,32 @@ def test_another_text_is_measured_again(tiny_model_dir: Path, tmp_path: Path, ca
     asked = question(tiny_model_dir, schemes=["nf3-sym-g64"])
     run_comparison(question(tiny_model_dir, schemes=["nf3-asym-g64"]), tmp_path)
     first, _, _ = run_comparison(asked, tmp_path)
-    second, notes, _ = run_comparison(change(asked), tmp_path)
-    assert f"nf3-sym-g64 rtn: was measured with another {word}; measured again" in notes
-    assert f"nf3-asym-g64 rtn: of an earlier run with another {word}; left out" in notes
+    other = change(asked)
+    agenda = make_agenda(other)
+    comparison, notes = Comparison(other, agenda, tmp_path), []
+    second = comparison.run(lambda *_: None, notes.append)
+    assert f"nf3-sym-g64 rtn: was measured with another {word}, which is kept; measured anew" in notes
+    reason = (
+        f"float, nf3-asym-g64 rtn, nf3-sym-g64 rtn of an earlier run, with another {word} "
+        "(the text, 4 windows of 32 tokens)"
+    )
+    assert comparison.left_out == [reason] and f"left out: {reason}" in notes
+    assert f"Left out: {reason}." in describe_setting(comparison, second).lines()
     assert [str(r.cell) for r in second] == ["float", "nf3-sym-g64 rtn"]
     assert second[1].evaluation != first[1].evaluation
+
+
+def test_nothing_measured_is_lost_to_another_text(
+    tiny_model_dir: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first command again, after one with another length of windows, measures nothing."""
+    shutil.copytree(finished / "cells", tmp_path / "cells")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
+    run_comparison(question(tiny_model_dir, seq_len=16), tmp_path)
+    assert all((tmp_path / "cells" / name).read_bytes() == content for name, content in before.items())
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    results, _, _ = run_comparison(question(tiny_model_dir), tmp_path)
+    assert len(results) >= 3
 
 
 def test_another_model_is_measured_again(tiny_copy: Path, tmp_path: Path) -> None:
@@ -72,15 +94,16 @@ def test_another_model_is_measured_again(tiny_copy: Path, tmp_path: Path) -> Non
     weights = tiny_copy / "model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**9))
     _, notes, _ = run_comparison(asked, tmp_path / "report")
-    assert sum("another model; measured again" in note for note in notes) == 2
+    assert sum("another model, which is kept; measured anew" in note for note in notes) == 2
 
 
 def test_other_calibration_is_measured_again_but_rtn_is_kept(tiny_model_dir: Path, tmp_path: Path) -> None:
     asked = question(tiny_model_dir, schemes=["nf3-sym-g64"], methods=["rtn", "gptq"], calibration_text=TEXT.upper())
     run_comparison(asked, tmp_path)
     _, notes, _ = run_comparison(replace(asked, settings=replace(SETTINGS, seed=1)), tmp_path)
-    assert [("again" in note, "kept" in note) for note in notes[:3]] == [(False, True), (False, True), (True, False)]
-    assert "calibration text" in notes[2]
+    assert ["measured anew" in note for note in notes[:3]] == [False, False, True]
+    assert "another calibration text" in notes[2]
+    assert notes[-1].startswith("left out: nf3-sym-g64 gptq of an earlier run, with another calibration text (the cal")
 
 
 def test_a_stop_loses_no_finished_cell(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +120,8 @@ def test_a_stop_loses_no_finished_cell(tiny_model_dir: Path, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         run_comparison(question(tiny_model_dir), tmp_path)
     monkeypatch.setattr(module, "measure", real)
-    assert sorted(path.name for path in (tmp_path / "cells").iterdir()) == ["float.json", "nf3-asym-g64_rtn.json"]
+    names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "cells").iterdir())
+    assert names == ["float", "nf3-asym-g64_rtn"]
     monkeypatch.setattr(module, "execute", lambda *_, **__: pytest.fail("quantized again"))
     results, notes, _ = run_comparison(question(tiny_model_dir), tmp_path)
     assert [("kept" in note) for note in notes] == [True, True, False]
@@ -107,8 +131,9 @@ def test_a_stop_loses_no_finished_cell(tiny_model_dir: Path, tmp_path: Path, mon
 
 def test_quantized_models_are_kept_on_request(tiny_model_dir: Path, tmp_path: Path) -> None:
     asked = question(tiny_model_dir, schemes=["nf3-sym-g64"])
-    run_comparison(asked, tmp_path)
-    run_comparison(replace(asked, keep=True), tmp_path)
+    first, _, _ = run_comparison(asked, tmp_path)
+    second, _, _ = run_comparison(replace(asked, keep=True), tmp_path)
+    assert second == first  # what was measured stays
     (kept,) = (tmp_path / "models").iterdir()
     assert load_model(kept).config.quantization_config.format == "nf3"
     run_comparison(question(tiny_model_dir, keep=True), tmp_path)

@@ -18,7 +18,6 @@ import afpq
 from afpq import AfpqError, AfpqLinear
 from afpq.evaluation.loading import (
     context_length,
-    generate_text,
     generates,
     load_model,
     load_tokenizer,
@@ -94,18 +93,6 @@ def test_the_context_of_a_model_of_pictures_is_that_of_its_text() -> None:
     text = SimpleNamespace(max_position_embeddings=77)
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text, max_position_embeddings=5))
     assert context_length(model) == 77
-
-
-def test_generation_is_the_prompt_and_its_greedy_continuation(tiny_model_dir: Path) -> None:
-    model, tokenizer = load_model(tiny_model_dir, device="cpu"), load_tokenizer(tiny_model_dir)
-    text = generate_text(model, tokenizer, "Once", 1)
-    with torch.no_grad():
-        following = model(torch.tensor([tokenizer("Once")["input_ids"]])).logits[0, -1].argmax()
-    assert text == tokenizer.decode([*tokenizer("Once")["input_ids"], int(following)])
-    with pytest.raises(AfpqError, match="the prompt is empty"):
-        generate_text(model, tokenizer, "", 1)
-    with pytest.raises(AfpqError, match="BertModel does not write text"):
-        generate_text(bert(), tokenizer, "Once", 1)
 
 
 @pytest.mark.parametrize("bar", [True, False])

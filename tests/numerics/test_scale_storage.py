@@ -124,7 +124,7 @@ def float8() -> ScaleStorage:
     def round(scales: Tensor, grid: ScaleGrid | None) -> Tensor:
         return decode(encode(scales, grid), None)
 
-    dtypes = torch.float8_e4m3fn, torch.float32
+    dtypes = "float8_e4m3fn", "float32"
     return ScaleStorage("float8", *dtypes, 2.0**-9, False, round=round, encode=encode, decode=decode)
 
 
@@ -137,7 +137,7 @@ def log16() -> ScaleStorage:
     def decode(stored: Tensor, grid: Tensor | None) -> Tensor:
         return from_bytes(stored, grid)
 
-    return ScaleStorage("log16", torch.int16, torch.float32, 2.0**-126, True, on_grid, encode, decode)
+    return ScaleStorage("log16", "int16", "float32", 2.0**-126, True, on_grid, encode, decode)
 
 
 @pytest.mark.parametrize("kind", ["nf3-asym", "nf4-sym", "int4-asym"])

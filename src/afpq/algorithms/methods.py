@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: MIT
 """METHODS: every `--method` as a row of data. A new solver is one file in this folder and one row here.
 
-All other code reads the rows and depends on no method's name.
+All other code reads the rows and depends on no method's name. Help texts are made of them too, so this file imports no
+torch: a row's solver is imported when it is first used (`solvers.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from afpq.algorithms.awq import search_clips
-from afpq.algorithms.float_target import toward_float_outputs
-from afpq.algorithms.gptq import quantize_gptq
-from afpq.algorithms.guided_gptq import PARTS, quantize_guided
-from afpq.algorithms.layer_problem import LayerProblem, Solution
 from afpq.algorithms.solver_options import AwqOptions, GptqOptions, SolverOptions
 from afpq.errors import AfpqError
-from afpq.numerics.groups import QuantizedWeight, encode
-from afpq.numerics.scale_search import RATIOS
 from afpq.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from afpq.algorithms.layer_problem import LayerProblem, Solution
+    from afpq.numerics.groups import QuantizedWeight
 
 NEAREST = "rtn"  # the method of a layer without usable statistics, and of the embedding
 
@@ -63,7 +61,7 @@ class Cost:
     codebooks: int = 1
 
 
-Solve = Callable[[LayerProblem], Solution]
+Solve = Callable[["LayerProblem"], "Solution"]
 CostOf = Callable[[tuple[int, int], Scheme, Any], Cost]  # (out, in), scheme, options
 
 
@@ -100,50 +98,12 @@ class Method:
         return self.traits(self.options()).gradients
 
 
-# ---- solvers: problem -> solution
-
-
-def solve_nearest(problem: LayerProblem) -> Solution:
-    return Solution(problem.nearest, problem.W)
-
-
-def solve_clipped(problem: LayerProblem) -> Solution:
-    """AWQ's second half: the "mse" search clips scales by the errors of the outputs."""
-    if problem.search != "mse":
-        return solve_nearest(problem)
-    fitted = problem.nearest.fitted
-    scales = search_clips(problem.W, problem.measured.H, fitted)
-    return Solution(QuantizedWeight(encode(problem.W, scales, fitted.scheme), scales, fitted.scheme), problem.W)
-
-
-def solve_gptq(problem: LayerProblem) -> Solution:
-    target, options = _target(problem), problem.options
-    weight, damp = quantize_gptq(target, problem.measured.H, problem.scheme, options, problem.search)
-    return Solution(weight, target, damp)
-
-
-def solve_guided(problem: LayerProblem) -> Solution:
-    """Guided GPTQ; GPTQ, with a note, if no gradients reach the layer."""
-    G = problem.measured.usable_G
-    if G is None:
-        return replace(solve_gptq(problem), method="gptq", note="no gradients reach it; by GPTQ")
-    target, options = _target(problem), problem.options
-    weight, damp = quantize_guided(target, problem.measured.H, G, problem.scheme, options, problem.search)
-    return Solution(weight, target, damp)
-
-
-def _target(problem: LayerProblem) -> Tensor:
-    """The weight that GPTQ aims at."""
-    statistics, options = problem.measured, problem.options
-    if statistics.D is None or not options.float_target:
-        return problem.W
-    return toward_float_outputs(problem.W, statistics.H, statistics.D, options.damp)
-
-
 def solve_without_data(
     name: str, method: str, W: Tensor, scheme: Scheme, options: SolverOptions, search: str
 ) -> QuantizedWeight:
     """One weight [out, in], any float, by a method that needs no text. Raises AfpqError that starts with `name`."""
+    from afpq.algorithms.layer_problem import LayerProblem
+
     try:
         return METHODS[method].solve(LayerProblem(W, None, scheme, options, search)).weight
     except AfpqError as error:
@@ -151,6 +111,16 @@ def solve_without_data(
 
 
 # ---- rows
+
+
+def _solver(name: str) -> Solve:
+    """A function of `solvers.py`, imported on first use."""
+
+    def solve(problem: LayerProblem) -> Solution:
+        found: Solve = getattr(import_module("afpq.algorithms.solvers"), name)
+        return found(problem)
+
+    return solve
 
 
 def _gptq_traits(options: GptqOptions) -> Traits:
@@ -164,25 +134,35 @@ def _gptq_cost(shape: tuple[int, int], _: Scheme, options: GptqOptions, parts: i
     return Cost(4 * width**3 + 2 * rows * width**2 * passes, parts * passes * width, 8 * 4 * width**2, codebooks=2)
 
 
+def _guided_cost(shape: tuple[int, int], scheme: Scheme, options: GptqOptions) -> Cost:
+    from afpq.algorithms.guided_gptq import PARTS
+
+    return _gptq_cost(shape, scheme, options, PARTS)
+
+
 def _clip_cost(shape: tuple[int, int], scheme: Scheme, _: AwqOptions) -> Cost:
+    from afpq.numerics.scale_search import RATIOS
+
     rows, width = shape
     return Cost(2 * rows * width * scheme.span(width) * 2 * len(RATIOS), bytes=2 * 4 * width**2)
 
 
 METHODS: dict[str, Method] = {
     NEAREST: Method(
-        summary="Round every weight to the nearest value; needs no text.", solve=solve_nearest, while_loading=True
+        summary="Round every weight to the nearest value; needs no text.",
+        solve=_solver("solve_nearest"),
+        while_loading=True,
     ),
     "gptq": Method(
         summary="Round column by column and correct the columns to come, so that outputs stay.",
-        solve=solve_gptq,
+        solve=_solver("solve_gptq"),
         options=GptqOptions,
         traits=_gptq_traits,
         cost=_gptq_cost,
     ),
     "awq": Method(
         summary="Scale channels by their inputs' sizes, then round to the nearest value.",
-        solve=solve_clipped,
+        solve=_solver("solve_clipped"),
         options=AwqOptions,
         traits=lambda options: Traits(inputs=True, sequential=options.sequential),
         cost=_clip_cost,
@@ -190,7 +170,7 @@ METHODS: dict[str, Method] = {
     ),
     "awq+gptq": Method(
         summary="AWQ's channel scales, then GPTQ.",
-        solve=solve_gptq,
+        solve=_solver("solve_gptq"),
         options=GptqOptions,
         traits=_gptq_traits,
         cost=_gptq_cost,
@@ -198,9 +178,9 @@ METHODS: dict[str, Method] = {
     ),
     "tune": Method(
         summary="GPTQ with errors weighed by the gradients of the model's predictions, too.",
-        solve=solve_guided,
+        solve=_solver("solve_guided"),
         options=GptqOptions,
         traits=lambda options: replace(_gptq_traits(options), gradients=True),
-        cost=partial(_gptq_cost, parts=PARTS),
+        cost=_guided_cost,
     ),
 }

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from afpq.algorithms.methods import METHODS
-from afpq.commands.console import console, errors, progress_bar, quiet_transformers
-from afpq.commands.options import DatasetOption, ModelArgument, TextOption, TrustOption, app
+from afpq.commands.options import DatasetOption, ModelArgument, TextOption, ThreadsOption, TrustOption, command
+from afpq.commands.output import console, progress_bar, quiet_transformers, results, use_threads, warn
 
 
-@app.command()
+@command()
 def compare(
     model: ModelArgument,
     schemes: Annotated[str, typer.Option(help="Separated by commas, as nf4-asym-g128,nf4-sym-g64,int4-asym-g128.")],
@@ -33,6 +33,7 @@ def compare(
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized models in REPORT/models.")] = False,
     device: Annotated[str, typer.Option(help="Where to calibrate: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    threads: ThreadsOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Quantize one model in several ways, measure all of them alike, and write a report with charts.
@@ -46,6 +47,7 @@ def compare(
     from afpq.evaluation.text import read_text
     from afpq.jobs.prepare import CalibrationSettings
 
+    use_threads(threads)
     calibration = _calibration_text(methods, calibration_text, dataset)
     question = Question(
         model, schemes.split(","), methods.split(","), read_text(text, dataset), calibration,
@@ -54,17 +56,17 @@ def compare(
         calibration_text.name if calibration_text else f"{dataset}, training part", peers, keep, trust_remote_code,
     )  # fmt: skip
     if calibration is not None and calibration == question.text:
-        errors.print("warning: calibrated on the very text that is measured: too good to be true", style="bold yellow")
+        warn("calibrated on the very text that is measured: too good to be true")
     with quiet_transformers(), progress_bar("start") as advance:
         agenda = make_agenda(question)
         comparison = Comparison(question, agenda, report)
-        results = comparison.run(advance, console.print)
-        groups = asymmetries(agenda, results)
-    about = describe_setting(comparison, results)
-    for sentence in sentences(results):
+        cells = comparison.run(advance, console.print)
+        groups = asymmetries(agenda, cells)
+    about = describe_setting(comparison, cells)
+    for sentence in sentences(cells):
         console.print(f"- {sentence}")
-    for path in write_comparison(report, about, results, groups):
-        console.print(f"wrote {path}")
+    for path in write_comparison(report, about, cells, groups):
+        results.print(f"wrote {path}")
 
 
 def _calibration_text(methods: str, file: Path | None, dataset: str | None) -> str | None:

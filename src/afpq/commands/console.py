@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Output of the command line: tables, progress and files of results."""
+"""What the commands print of plans, choices and outcomes, as text and for `--json`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 from afpq.algorithms.methods import METHODS
-from afpq.checkpoint.atomic_files import write_json
 from afpq.checkpoint.plan import Plan
-from afpq.errors import AfpqError, counted
-from afpq.evaluation.loading import quiet_transformers as quiet_transformers
-from afpq.evaluation.tables import size_text as size_text
-from afpq.evaluation.tables import with_error
+from afpq.commands.output import console, duration_text, results, warn
+from afpq.errors import counted
+from afpq.evaluation.tables import size_text, with_error
 from afpq.jobs.advice import advice
 from afpq.jobs.bit_budget import Choice
 from afpq.jobs.chosen_shares import share_cells, shares
@@ -30,18 +22,13 @@ from afpq.jobs.prepare import Job
 from afpq.model.apply_folds import folds_of
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import coverage_warning, kinds_left
-from afpq.progress import Progress
-
-# Names and texts are printed as they are: no markup, no emoji codes, no breaks at the terminal's width.
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_plan(job: Job, verb: str, out: Path) -> None:
     """Print one paragraph on what was, or would be, done, and a warning if much of the model is left alone."""
     plan = job.plan
     schemes = plan.recipe.scheme if job.choice is None else "chosen below"
-    console.print(
+    results.print(
         f"{verb} {out}: {size_text(plan.output_bytes)} (was {size_text(plan.input_bytes)}), "
         f"{counted(len(plan.block_targets), 'linear')} as {schemes} by {plan.recipe.method}, "
         f"{plan.bits_per_weight:.3f} true bits per quantized weight, "
@@ -62,10 +49,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     print_left(job)
     channels = METHODS[plan.recipe.method].scales_channels
     if channels and not any(folds_of(b.module) for b in find_blocks(job.model)):
-        errors.print(
-            "warning: no AWQ fold points are known for this architecture: its channels were not scaled, only clipped",
-            style="bold yellow",
-        )
+        warn("no AWQ fold points are known for this architecture: its channels were not scaled, only clipped")
     print_coverage(plan.coverage, plan.left)
 
 
@@ -113,7 +97,7 @@ def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
     """Print a warning that names what was not quantized, if that is much."""
     warning = coverage_warning(coverage, left)
     if warning is not None:
-        errors.print(f"warning: {warning}", style="bold yellow")
+        warn(warning)
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -178,38 +162,3 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "kept": list(plan.kept),
         "unused": list(plan.unused),
     }
-
-
-def check_json_place(path: Path | None) -> None:
-    """Raises AfpqError, before any work, if `--json` could not be written after it."""
-    if path is None:
-        return
-    parent = path.absolute().parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise AfpqError(f"{path}: cannot write the JSON there; give a file in an existing directory")
-
-
-def duration_text(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def save_json(path: Path | None, value: Any) -> None:
-    if path is not None:
-        try:
-            write_json(path, value)
-        except OSError as error:
-            raise AfpqError(f"{path}: cannot write: {error.strerror or error}") from None
-
-
-@contextmanager
-def progress_bar(first: str) -> Iterator[Progress]:
-    """Show a bar with the time left, on standard error; nothing if that is no terminal."""
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(first, total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`afpq eval`, `afpq info` and `afpq generate`: what can be done with a model that is there."""
+"""`afpq eval` and `afpq info`: figures of a model that is there."""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from afpq.commands.console import (
+from afpq.commands.effect import given_options, idle_in_eval, refuse_idle
+from afpq.commands.options import (
+    DatasetOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    ThreadsOption,
+    TrustOption,
+    command,
+)
+from afpq.commands.output import (
     check_json_place,
-    console,
     errors,
-    print_coverage,
     progress_bar,
     quiet_transformers,
+    results,
     save_json,
-    size_text,
+    use_threads,
 )
-from afpq.commands.effect import given_options, idle_in_eval, refuse_idle
-from afpq.commands.options import DatasetOption, DeviceOption, JsonOption, ModelArgument, TextOption, TrustOption, app
 from afpq.errors import AfpqError
 
 
-@app.command("eval")
+@command("eval")
 def evaluate_command(
     model: ModelArgument,
     context: typer.Context,
@@ -45,6 +53,7 @@ def evaluate_command(
         bool, typer.Option("--allow-code-execution", help="Let tasks such as humaneval run code the model writes.")
     ] = False,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -55,6 +64,7 @@ def evaluate_command(
     from afpq.evaluation.text import read_text
 
     check_json_place(json)
+    use_threads(threads)
     find_device(device)
     refuse_idle(given_options(context), idle_in_eval(text is not None or dataset is not None, tasks is not None))
     if tasks is not None and reference is not None and text is None and dataset is None:
@@ -66,12 +76,14 @@ def evaluate_command(
         if tasks is not None:
             options = TaskOptions(include_path, limit, num_fewshot, batch_size, allow_code_execution)
             run = TaskRun(tasks.split(","), options, progress=errors.is_terminal)
-        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
-        if content is not None:
+        with progress_bar("loading"):
+            loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
             other = None if reference is None else load_model(reference, trust_remote_code, device)
+        if content is not None:
             result |= _measure_text(loaded, tokenizer, content, seq_len, max_tokens, other)
         if run is not None:
-            scores = run.run(loaded, tokenizer)
+            with progress_bar("tasks", bar=False):  # at a terminal the harness has bars of its own
+                scores = run.run(loaded, tokenizer)
             _print_tasks(scores, limit)
             result["tasks"] = {name: score.to_json() for name, score in scores.items()}
     save_json(json, result)
@@ -90,11 +102,11 @@ def _measure_text(
     other = None if reference is None else logits_of(reference, token_windows)
     with progress_bar("windows") as advance:
         result = evaluate(model, token_windows, other, advance)
-    console.print(f"perplexity      {result.perplexity:.4f} ± {result.standard_error:.4f}")
-    console.print(f"tokens          {result.tokens:,} predicted, windows of {token_windows.shape[1]}")
+    results.print(f"perplexity      {result.perplexity:.4f} ± {result.standard_error:.4f}")
+    results.print(f"tokens          {result.tokens:,} predicted, windows of {token_windows.shape[1]}")
     if result.kl_divergence is not None:
-        console.print(f"KL divergence   {result.kl_divergence:.6f} ± {result.kl_standard_error:.6f} nats per token")
-        console.print(f"top-1 agreement {100 * (result.top1_agreement or 0):.2f} %")
+        results.print(f"KL divergence   {result.kl_divergence:.6f} ± {result.kl_standard_error:.6f} nats per token")
+        results.print(f"top-1 agreement {100 * (result.top1_agreement or 0):.2f} %")
     return result.to_json()
 
 
@@ -113,54 +125,36 @@ def _print_tasks(scores: dict[str, Any], limit: int | None) -> None:
                     "" if count is None else f"{count:,}" for count in (score.num_fewshot, score.documents)
                 )
                 table.add_row(name, metric if kind == "none" else f"{metric} ({kind})", text, shots, documents)
-    console.print(table)
+    results.print(table)
     if limit is not None:
-        console.print(f"the first {limit:,} documents of each task only: not the benchmark's result")
+        results.print(f"the first {limit:,} documents of each task only: not the benchmark's result")
 
 
-@app.command()
+@command()
 def info(model: ModelArgument, json: JsonOption = None, trust_remote_code: TrustOption = False) -> None:
     """True bits per weight, coverage and sizes of a checkpoint, from its headers."""
     from afpq.checkpoint.info import model_info
+    from afpq.commands.console import print_coverage
+    from afpq.evaluation.tables import size_text
 
     check_json_place(json)
     with quiet_transformers():
         result = model_info(model, trust_remote_code)
     keys = result.quantization_config
-    console.print(f"model           {model}")
+    results.print(f"model           {model}")
     if result.published is not None:
-        console.print(f"published as    {result.published}")
+        results.print(f"published as    {result.published}")
     if keys is None:
-        console.print("scheme          not quantized")
+        results.print("scheme          not quantized")
     else:
-        console.print(f"scheme          {', '.join(result.schemes())} by {keys.get('method')}")
-    console.print(f"bits per weight {result.bits_per_weight:.4f}")
+        results.print(f"scheme          {', '.join(result.schemes())} by {keys.get('method')}")
+    results.print(f"bits per weight {result.bits_per_weight:.4f}")
     for end in (layer for layer in result.layers if layer.name in result.ends):
-        console.print(f"outside         {end.name} {end.scheme}, {end.bits_per_weight:.4f} bits per weight")
-    console.print(f"whole file      {result.file_bits_per_weight:.4f} bits per weight")
-    console.print(f"coverage        {100 * result.coverage:.2f} % of the blocks' weights")
+        results.print(f"outside         {end.name} {end.scheme}, {end.bits_per_weight:.4f} bits per weight")
+    results.print(f"whole file      {result.file_bits_per_weight:.4f} bits per weight")
+    results.print(f"coverage        {100 * result.coverage:.2f} % of the blocks' weights")
     if result.quantization_config is not None:
         print_coverage(result.coverage, result.left)
-    console.print(f"parameters      {result.quantized_parameters:,} quantized of {result.total_parameters:,}")
-    console.print(f"files           {size_text(result.file_bytes)}")
+    results.print(f"parameters      {result.quantized_parameters:,} quantized of {result.total_parameters:,}")
+    results.print(f"files           {size_text(result.file_bytes)}")
     save_json(json, result.to_json())
-
-
-@app.command()
-def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to the prompt, at most.")] = 64,
-    compute: Annotated[str, typer.Option(help="Arithmetic on a CPU: exact, or int8, which is faster.")] = "exact",
-    device: DeviceOption = "auto",
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Continue a text, greedily."""
-    from afpq.evaluation.loading import generate_text, load_model, load_tokenizer
-    from afpq.kernels import set_compute
-
-    set_compute(compute)
-    with quiet_transformers():
-        loaded, tokenizer = load_model(model, trust_remote_code, device), load_tokenizer(model, trust_remote_code)
-        text = generate_text(loaded, tokenizer, prompt, max_new_tokens)
-    console.print(text)

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
-from afpq.commands.console import check_json_place, console, progress_bar, quiet_transformers, save_json, size_text
-from afpq.commands.options import JsonOption, ModelArgument, TrustOption, app
+from afpq.commands.options import JsonOption, ModelArgument, TrustOption, command
+from afpq.commands.output import check_json_place, console, progress_bar, quiet_transformers, results, save_json
+from afpq.evaluation.tables import size_text
 
 OutArgument = Annotated[Path, typer.Argument(help="The directory to create.")]
 
 
-@app.command("export")
+@command("export")
 def export_command(
     model: ModelArgument,
     out: OutArgument,
@@ -29,7 +30,7 @@ def export_command(
     check_json_place(json)
     with quiet_transformers(), progress_bar("start") as advance:
         result = export(model, out, to, trust_remote_code=trust_remote_code, progress=advance)
-    console.print(
+    results.print(
         f"wrote {out}: {size_text(result.output_bytes)} (was {size_text(result.input_bytes)}), "
         f"{result.layers} linears dequantized, everything in {result.dtype}"
         + (f" but {len(result.kept)} tensors that the model keeps wider" if result.kept else "")
@@ -37,7 +38,7 @@ def export_command(
     save_json(json, {"model": model, "out": str(out), **result.to_json()})
 
 
-@app.command("import")
+@command("import")
 def import_command(
     model: ModelArgument,
     out: OutArgument,
@@ -55,7 +56,7 @@ def import_command(
         result = import_model(
             model, out, scale_dtype=scale_dtype, trust_remote_code=trust_remote_code, progress=advance
         )
-    console.print(
+    results.print(
         f"wrote {out}: {size_text(result.output_bytes)} (was {size_text(result.input_bytes)}), {result.layers} linears "
         f"of bitsandbytes {result.kind}, {result.bits_per_weight:.3f} true bits per quantized weight "
         f"(was {result.bits_before:.3f})"

@@ -10,8 +10,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from afpq.commands.console import check_json_place, console, progress_bar, quiet_transformers, save_json
-from afpq.commands.options import JsonOption, ModelArgument, TrustOption, app
+from afpq.commands.options import JsonOption, ModelArgument, ThreadsOption, TrustOption, command
+from afpq.commands.output import check_json_place, progress_bar, quiet_transformers, results, save_json, use_threads
 from afpq.errors import AfpqError, counted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ CAVEAT = (
 )
 
 
-@app.command("inspect")
+@command("inspect")
 def inspect_command(
     model: ModelArgument,
     group_size: Annotated[int, typer.Option(help="Weights that share scales; half of it is compared too.")] = 128,
@@ -34,6 +34,7 @@ def inspect_command(
     seed: Annotated[int, typer.Option(help="Which linears and rows are drawn.")] = 0,
     scale_search: Annotated[str, typer.Option(help="absmax (the paper's) or mse (10 times slower).")] = "absmax",
     all: Annotated[bool, typer.Option("--all", help="A line for each layer, not for each kind of layer.")] = False,
+    threads: ThreadsOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -42,11 +43,12 @@ def inspect_command(
     from afpq.evaluation.inspection import InspectSettings
 
     check_json_place(json)
+    use_threads(threads)
     settings = InspectSettings(tuple(bits or (4, 3)), group_size, _count(layers), rows, seed, scale_search)
     with quiet_transformers(), progress_bar("layers") as advance:
         found = inspect_model(model, settings, trust_remote_code, advance)
     read = sum(layer.rows * layer.shape[1] for layer in found.layers)
-    console.print(
+    results.print(
         f"{model}: {len(found.layers)} of {counted(found.layers_in_model, 'linear')}, {found.parameters:,} weights; "
         f"{100 * read / found.parameters:.0f} % of them read, in rows drawn with seed {seed}"
     )
@@ -57,10 +59,10 @@ def inspect_command(
     _print_wrapped(CAVEAT)
     rate = f", {found.seconds_per_billion:.1f} s per billion weights" if found.parameters > 1e8 else ""
     if found.ends:
-        console.print("outside the blocks, in shares of the model (--lm-head, --embedding):")
+        results.print("outside the blocks, in shares of the model (--lm-head, --embedding):")
         for name, share in found.ends.items():
-            console.print(f"  {name} {100 * share:.1f} %")
-    console.print(f"{found.seconds:.1f} s{rate}")
+            results.print(f"  {name} {100 * share:.1f} %")
+    results.print(f"{found.seconds:.1f} s{rate}")
     save_json(json, {"model": model, **found.to_json()})
 
 
@@ -91,7 +93,7 @@ def _print_asymmetry(found: Inspection, lines: dict[str, list[LayerFigures]]) ->
         one_sided = weighted([(layer.one_sided, layer.elements) for layer in layers])
         read = sum(layer.rows for layer in layers)
         table.add_row(name, str(len(layers)), f"{read:,}", f"{ratio:.3f}", f"{100 * one_sided:.2f} %")
-    console.print(table)
+    results.print(table)
 
 
 def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigures]]) -> None:
@@ -109,13 +111,13 @@ def _print_errors(found: Inspection, bits: int, lines: dict[str, list[LayerFigur
         table.add_row(name, *errors, _percent(gain(layers, rivals.two, rivals.half)), end_section=name == "all")
     saved = (_percent(gain(found.layers, rivals.two, other)) for other in rivals.all[1:])
     table.add_row(f"saved by {names[0].split('-g')[0]}", "", *saved)
-    console.print(table)
+    results.print(table)
     gains = {layer.name: gain([layer], rivals.two, rivals.half) for layer in found.layers}
     most = [name for name in sorted(gains, key=lambda name: -gains[name])[:MAX_NAMED_LAYERS] if gains[name] > 0]
     named = ", ".join(f"{name} {_percent(gains[name])}" for name in most) or "none"
     _print_wrapped(f"Layers that gain most at {against or 'equal bits'}: {named}.")
     _print_wrapped(recommend(found, bits))
-    console.print()
+    results.print()
 
 
 def _percent(share: float) -> str:
@@ -124,7 +126,7 @@ def _percent(share: float) -> str:
 
 def _print_wrapped(text: str) -> None:
     """Print sentences, broken between words."""
-    console.print(fill(text, 80, break_long_words=False, break_on_hyphens=False))
+    results.print(fill(text, 80, break_long_words=False, break_on_hyphens=False))
 
 
 def _table(title: str, *heads: str) -> Table:

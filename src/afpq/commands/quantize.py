@@ -11,21 +11,6 @@ import typer
 from rich.table import Table
 
 from afpq.algorithms.methods import METHODS, NEAREST
-from afpq.commands.console import (
-    check_json_place,
-    choice_json,
-    console,
-    errors,
-    outcome_json,
-    plan_json,
-    print_advice,
-    print_estimate,
-    print_outcome,
-    print_plan,
-    progress_bar,
-    quiet_transformers,
-    save_json,
-)
 from afpq.commands.effect import Use, given_options, idle_options, refuse_idle
 from afpq.commands.flags import option_parameters, option_types, options_of, with_flags
 from afpq.commands.options import (
@@ -34,9 +19,20 @@ from afpq.commands.options import (
     JsonOption,
     ModelArgument,
     TextOption,
+    ThreadsOption,
     TrustOption,
     WithBareOptions,
-    app,
+    command,
+)
+from afpq.commands.output import (
+    check_json_place,
+    console,
+    note,
+    progress_bar,
+    quiet_transformers,
+    results,
+    save_json,
+    use_threads,
 )
 from afpq.errors import AfpqError
 from afpq.numerics.formats import parse_format
@@ -47,7 +43,7 @@ if TYPE_CHECKING:
     from afpq.jobs.prepare import Texts
 
 
-@app.command()
+@command()
 def demo(
     report: Annotated[Path | None, typer.Option(help="Write report.md, .json and .png into this directory.")] = None,
 ) -> None:
@@ -63,7 +59,7 @@ def demo(
         column.justify = "right"
     for index, row in enumerate(rows):
         table.add_row(*cells(row), end_section=index % 6 == 0)
-    console.print(table)
+    results.print(table)
     text = (
         "A 2.6-million-parameter Llama trained on the Python standard library, measured on modules it has never "
         "seen. KL is the distance from the original model's predictions; `asym` has one scale for the positive and "
@@ -72,7 +68,7 @@ def demo(
     console.print(text.replace("`", ""))
     if report is not None:
         for path in write_report(report, title, text, rows):
-            console.print(f"wrote {path}")
+            results.print(f"wrote {path}")
         if not (report / "report.png").exists():
             console.print("no picture: pip install 'afpq[plot]' for one")
 
@@ -158,13 +154,14 @@ class RunFlags:
         bool, typer.Option("--all-experts", help="Mixtures: each expert learns from all tokens, not only its own.")
     ] = False
     device: DeviceOption = "auto"
+    threads: ThreadsOption = None
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run was.")] = True
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False
     json: JsonOption = None
     trust_remote_code: TrustOption = False
 
 
-@app.command(cls=WithBareOptions, epilog="\n\n".join(f"{name}: {method.summary}" for name, method in METHODS.items()))
+@command(cls=WithBareOptions, epilog="\n\n".join(f"{name}: {method.summary}" for name, method in METHODS.items()))
 @with_flags(options=option_parameters(option_types()))
 def quantize(
     model: ModelArgument,
@@ -177,15 +174,26 @@ def quantize(
     run: RunFlags,
 ) -> None:
     """Quantize a checkpoint into a new directory, a block at a time."""
+    recipe = _recipe(scheme, choice, options, run)  # a mistake in it needs no imports
+    refuse_idle(given_options(context), _idle(recipe, text, choice, run))
+
+    from afpq.commands.console import (
+        choice_json,
+        outcome_json,
+        plan_json,
+        print_advice,
+        print_estimate,
+        print_outcome,
+        print_plan,
+    )
     from afpq.jobs.bit_budget import make_budget
     from afpq.jobs.estimate import estimate
     from afpq.jobs.prepare import CalibrationSettings
     from afpq.jobs.quantize_checkpoint import Request, run_request
 
-    recipe = _recipe(scheme, choice, options, run)
-    refuse_idle(given_options(context), _idle(recipe, text, choice, run))
     settings = CalibrationSettings(text.samples, text.seq_len, text.seed, run.device, run.all_experts)
     check_json_place(run.json)
+    use_threads(run.threads)
     budget = make_budget(choice.bits_per_weight, None if choice.candidates is None else choice.candidates.split(","))
     request = Request(
         model=model,
@@ -199,7 +207,7 @@ def quantize(
         trust_remote_code=run.trust_remote_code,
     )
     with quiet_transformers(), progress_bar("start") as advance:
-        job, outcome = run_request(request, advance, run.dry_run, lambda line: errors.print(f"note: {line}"))
+        job, outcome = run_request(request, advance, run.dry_run, note)
     print_plan(job, "would write" if outcome is None else "wrote", out)
     if outcome is None:
         print_estimate(estimate(job.plan, None if job.windows is None else (len(job.windows), job.windows.shape[1])))

@@ -2,7 +2,8 @@
 """One cell of a comparison: a scheme by a method on one model, what was measured of it, and the file that keeps it.
 
 A file is written whole or not at all, with a fingerprint of everything that decides its figures; a later run of the
-same comparison reads it instead of measuring again.
+same comparison reads it instead of measuring again. Its name has a digest of the fingerprint, so that the same cell
+with another text or other settings is another file beside it, and nothing measured is overwritten.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Result:
     differences between cells are taken window by window, where most of the noise is common and cancels. `seconds` to
     quantize, None if the run was stopped in between. `speed` of greedy generation, the float model's being 1, and
     `tokens_per_second` of the same; None if it was not measured. `codes` counts how often each code was used.
-    `calibration` describes the calibration text.
+    `calibration` describes the calibration text, `text` that measured on.
     """
 
     cell: Cell
@@ -88,6 +89,7 @@ class Result:
     layers: tuple[LayerError, ...] = ()
     codes: tuple[int, ...] = ()
     calibration: str | None = None
+    text: str | None = None
 
     @property
     def kl(self) -> float:
@@ -116,9 +118,14 @@ class Result:
         return cls(**{**value, **changed})
 
 
+def place_of(directory: Path, cell: Cell, fingerprint: Fingerprint) -> Path:
+    """The file of a cell that this decides."""
+    return directory / f"{cell.file_name}-{digest_value(fingerprint)[:8]}.json"
+
+
 def save(directory: Path, result: Result, fingerprint: Fingerprint) -> None:
     """Write a cell's file. Raises AfpqError if that is not possible."""
-    path = directory / f"{result.cell.file_name}.json"
+    path = place_of(directory, result.cell, fingerprint)
     try:
         write_json(path, {"fingerprint": fingerprint, "result": result.to_json()})
     except OSError as error:
@@ -132,6 +139,21 @@ def load(path: Path) -> tuple[Result, Fingerprint] | None:
         return Result.from_json(value["result"]), dict(value["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A cell that a run measured, and what decided it."""
+
+    path: Path
+    result: Result
+    fingerprint: Fingerprint
+
+
+def load_all(directory: Path) -> list[Kept]:
+    """Read every cell's file of a directory, the newest first; also those that earlier versions named otherwise."""
+    paths = sorted(directory.glob("*.json"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    return [Kept(path, *found) for path in paths if (found := load(path)) is not None]
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> list[str]:

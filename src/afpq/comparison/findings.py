@@ -153,11 +153,14 @@ def sentences(results: Sequence[Result]) -> list[str]:
     rest = "; every other cell has one beside it with no more bits and no higher KL"
     beaten = rest if len(front) < len(quantized) else ""
     findings.append(f"On the Pareto front of KL against true bits: {names}{beaten}.")
+    missing: dict[str, None] = {}
     for pair in pairs(quantized):
         if pair.other is None:
-            findings.append(f"{pair.two.cell} against {pair.kind}: {verdict(pair)}.")
+            missing[str(pair.wanted)] = None
         else:
             findings.append(f"{pair.two.cell} against {pair.other.cell}, {bits_text(pair)}: {verdict(pair)}.")
+    if missing:
+        findings.append(f"Not measured, and needed to judge two scales at equal bits: {', '.join(missing)}.")
     return findings
 
 

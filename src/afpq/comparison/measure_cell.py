@@ -65,6 +65,11 @@ class Meter:
 
         return measure(model, self.agenda.windows, self._reference(), last_part)
 
+    def make_again(self, job: Job, place: Path, step: Progress) -> None:
+        """Quantize the model into `place`, without measuring it."""
+        job = replace(job, model=build_skeleton(job.plan.checkpoint.directory, self.question.trust_remote_code))
+        execute(job, place, progress=lambda name, done, total: step(f"quantizing {name}", done, total))
+
     def measure_float(self, step: Progress) -> Result:
         """Measure the float model, whose speed is 1."""
         info = model_info(self.question.model, self.question.trust_remote_code)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compare schemes and methods on one model: each is quantized, loaded, and measured against the float model.
 
-What is finished is kept in DIRECTORY/cells and not measured again, as long as the model's files, the text and the
-settings are the same; quantized models are made in DIRECTORY/work and deleted once they are measured, or made in
+What is finished is kept in DIRECTORY/cells and not measured again for the same model's files, text and settings; cells
+of others lie beside it. Quantized models are made in DIRECTORY/work and deleted once they are measured, or made in
 DIRECTORY/models and kept.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from afpq.checkpoint.atomic_files import digest_value
 from afpq.checkpoint.lock import locked
-from afpq.comparison.cells import CALIBRATION, Result, changes, load, save
+from afpq.comparison.cells import CALIBRATION, Kept, Result, changes, load_all, save
 from afpq.comparison.distributions import SAMPLED_LAYERS, SAMPLED_ROWS, Asymmetry, asymmetry, some_rows, spread
 from afpq.comparison.measure_cell import Meter
 from afpq.comparison.peers import missing_packages
@@ -59,60 +60,76 @@ class Comparison:
 
     def _run(self, progress: Progress, note: Note) -> list[Result]:
         results: list[Result] = []
-        tasks = self.agenda.tasks
+        tasks, kept = self.agenda.tasks, load_all(self.cells)
+        used: set[Path] = set()
         for index, task in enumerate(tasks):
-            result = self._finished(task, note)
+
+            def step(what: str, done: int, total: int, index: int = index, task: Task = task) -> None:
+                parts = index * WHOLE + WHOLE * done // max(total, 1)
+                progress(f"{index + 1}/{len(tasks)} {task.cell}: {what}", parts, len(tasks) * WHOLE)
+
+            found = self._finished(task, kept, step, note)
+            if found is not None:
+                used.add(found.path)
+                results.append(found.result)
+                continue
+            result = self._measure(task, step, note)
             if result is None:
-
-                def step(what: str, done: int, total: int, index: int = index, task: Task = task) -> None:
-                    parts = index * WHOLE + WHOLE * done // total
-                    progress(f"{index + 1}/{len(tasks)} {task.cell}: {what}", parts, len(tasks) * WHOLE)
-
-                result = self._measure(task, step, note)
-                if result is None:
-                    continue
-                save(self.cells, result, task.fingerprint)
-                note(f"[{index + 1}/{len(tasks)}] {describe(result)}")
+                continue
+            result = replace(result, text=self.text)
+            save(self.cells, result, task.fingerprint)
+            note(f"[{index + 1}/{len(tasks)}] {describe(result)}")
             results.append(result)
         if not self.question.keep:
             shutil.rmtree(self.models, ignore_errors=True)
-        return results + self._earlier(results, note)
+        return results + self._earlier([each for each in kept if each.path not in used], note)
+
+    @property
+    def text(self) -> str:
+        """What is measured on, in words."""
+        count, length = self.agenda.windows.shape
+        return f"{self.question.text_name}, {count} windows of {length} tokens"
 
     def _place(self, task: Task) -> Path:
         """Return the directory for a quantized model: one for each setting, so that none resumes from another's."""
         return self.models / f"{task.cell.file_name}-{digest_value(task.fingerprint)[:8]}"
 
-    def _finished(self, task: Task, note: Note) -> Result | None:
-        """Return the result of an earlier run if it is of the same model, text and setting."""
-        found = load(self.cells / f"{task.cell.file_name}.json")
+    def _finished(self, task: Task, kept: Sequence[Kept], step: Progress, note: Note) -> Kept | None:
+        """Return the result of an earlier run of the same model, text and setting; make its model again if wanted."""
+        same = [each for each in kept if each.result.cell == task.cell]
+        found = next((each for each in same if not changes(each.fingerprint, task.fingerprint)), None)
         if found is None:
-            return None
-        result, fingerprint = found
-        if changed := changes(fingerprint, task.fingerprint):
-            note(f"{task.cell}: was measured with another {' and another '.join(changed)}; measured again")
+            if same:
+                changed = " and another ".join(changes(same[0].fingerprint, task.fingerprint))
+                note(f"{task.cell}: was measured with another {changed}, which is kept; measured anew")
             return None
         if self.question.keep and task.job is not None and not self._place(task).exists():
-            return None  # its model is wanted, and was deleted
+            self._meter.make_again(task.job, self._place(task), step)
         note(f"{task.cell}: kept from an earlier run")
-        return result
+        return found
 
-    def _earlier(self, results: list[Result], note: Note) -> list[Result]:
-        """Return cells of earlier runs that were not asked for, of the same model, text and calibration."""
+    def _earlier(self, others: Sequence[Kept], note: Note) -> list[Result]:
+        """Return cells of earlier runs that were not asked for, of the same model, text and calibration.
+
+        All others are left out, and the report lists them with the reason.
+        """
         wanted = {**self.agenda.tasks[0].fingerprint}
         for task in self.agenda.tasks:
             wanted |= {key: value for key, value in task.fingerprint.items() if key == CALIBRATION}
-        known, extra = {task.cell for task in self.agenda.tasks}, []
-        for path in sorted(self.cells.glob("*.json")):
-            found = load(path)
-            if found is None or found[0].cell in known:
+        shown, extra = {task.cell for task in self.agenda.tasks}, []
+        reasons: dict[str, list[str]] = {}
+        for each in others:
+            cell, theirs = each.result.cell, each.fingerprint
+            changed = [key for key in wanted if key in theirs and theirs[key] != wanted[key]]
+            if not changed and cell not in shown:
+                shown.add(cell)
+                extra.append(each.result)
                 continue
-            result, fingerprint = found
-            changed = [key for key in wanted if key in fingerprint and fingerprint[key] != wanted[key]]
-            if changed:
-                note(f"{result.cell}: of an earlier run with another {' and another '.join(changed)}; left out")
-            else:
-                extra.append(result)
-        return extra
+            reasons.setdefault(_reason(each.result, changed), []).append(str(cell))
+        for reason, cells in reasons.items():
+            self.left_out.append(f"{', '.join(sorted(cells))} of an earlier run, {reason}")
+            note(f"left out: {self.left_out[-1]}")
+        return sorted(extra, key=lambda result: str(result.cell))
 
     def _measure(self, task: Task, step: Progress, note: Note) -> Result | None:
         if task.job is not None:
@@ -129,6 +146,16 @@ class Comparison:
             self.left_out.append(str(error))
             note(f"left out: {error}")
             return None
+
+
+def _reason(result: Result, changed: Sequence[str]) -> str:
+    """Why a finished cell is not among those shown."""
+    if not changed:
+        learned = f" ({result.calibration})" if result.calibration else ""
+        return f"with other settings{learned} than the same cell shown"
+    about = {"text": result.text, CALIBRATION: result.calibration}
+    parts = (f"another {key}" + (f" ({about[key]})" if about.get(key) else "") for key in changed)
+    return f"with {' and '.join(parts)}"
 
 
 def describe(result: Result) -> str:

@@ -112,19 +112,6 @@ def context_length(model: nn.Module) -> int | None:
     return length if isinstance(length, int) and length > 1 else None
 
 
-@torch.no_grad()
-def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """Return the prompt and its greedy continuation (an encoder-decoder's answer). Raises AfpqError for an encoder."""
-    if not generates(model):
-        raise AfpqError(f"{type(model).__name__} does not write text")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise AfpqError("the prompt is empty; give at least one character")
-    inputs.pop("token_type_ids", None)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
 def _guarded(model: str | Path, load: Callable[[], T]) -> T:
     try:
         return load()

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 PLUGIN = "afpq.integrations.transformers"
-TABLE = "transformers.quantizers.auto"  # where Transformers keeps its methods
+TABLE = "transformers.quantizers"  # the package in which Transformers keeps its methods
 MODELS = "transformers.modeling_utils"  # imports TABLE, and must be whole before the plug-in imports it
 
 
@@ -29,27 +29,40 @@ def register_when_imported() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds TABLE and MODELS as everybody does, and imports the plug-in behind whichever is whole first."""
+    """Finds modules as everybody does, and imports the plug-in behind TABLE or MODELS, whichever is whole first.
+
+    TABLE is imported while MODELS is: then the plug-in waits for MODELS. If a module of afpq imports them, the plug-in
+    waits for the outermost such module: it imports most of afpq, and would find half a module.
+    """
+
+    def __init__(self) -> None:
+        self.inside = 0  # modules of afpq that are being imported
+        self.due = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (TABLE, MODELS) or self not in sys.meta_path:
+        ours = fullname.startswith("afpq.")
+        if not (ours or fullname in (TABLE, MODELS)) or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         try:
             spec = find_spec(fullname)
         finally:
             sys.meta_path.insert(0, self)
-        if spec is None or spec.loader is None:
+        if spec is None or spec.loader is None or spec.origin is None:
             return spec
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            run(module)
-            if fullname == MODELS or MODELS not in sys.modules:
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
+            self.inside += ours
+            try:
+                run(module)
+            finally:
+                self.inside -= ours
+            self.due |= fullname == MODELS or (fullname == TABLE and MODELS not in sys.modules)
+            if self.due and not self.inside and self in sys.meta_path:
+                sys.meta_path.remove(self)
                 import_module(PLUGIN)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

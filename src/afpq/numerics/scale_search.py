@@ -23,8 +23,7 @@ from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.group_scales import GroupScales
 from afpq.numerics.groups import extremes, parts, side_midpoints
 from afpq.numerics.scales import fit_scales, round_to_storage, scales_from_range
-
-SCALE_SEARCHES = ("absmax", "mse")
+from afpq.numerics.scheme import SCALE_SEARCHES as SCALE_SEARCHES
 
 # Of the absmax scale: 0.44 .. 1.105, and a few far below for groups whose largest weights hardly matter.
 RATIOS = (0.15, 0.25, 0.35, *(0.44 + 0.035 * step for step in range(20)))

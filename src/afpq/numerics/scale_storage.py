@@ -14,12 +14,13 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from afpq.errors import AfpqError
+
+if TYPE_CHECKING:  # a scheme is a value that the command line checks before it needs torch
+    import torch
+    from torch import Tensor
 
 LEVELS, SIGN = 128, 128  # of the grid; and the bit of a stored byte that is set for a negative scale
 MOST_OCTAVES = 12.0  # a grid spans; smaller scales become its smallest, 1/4096 of the largest
@@ -39,8 +40,8 @@ class ScaleGrid:
 class ScaleStorage:
     """One way to store scales.
 
-    `dtype` is that on disk, which no other storage shares, `memory_dtype` that of `GroupScales`. `smallest` is the
-    smallest positive scale kept. All functions keep the shape:
+    `dtype` is that on disk, which no other storage shares, `memory_dtype` that of `GroupScales`; the fields hold their
+    names in torch. `smallest` is the smallest positive scale kept. All functions keep the shape:
 
     - `round(scales, grid)`: positive float scales -> the nearest scales that can be stored, in `memory_dtype`
     - `encode(scales, grid)`: scales of either sign in `memory_dtype` -> as they lie on disk, in `dtype`
@@ -50,8 +51,8 @@ class ScaleStorage:
     """
 
     name: str
-    dtype: torch.dtype
-    memory_dtype: torch.dtype
+    dtype_name: str
+    memory_dtype_name: str
     smallest: float
     needs_grid: bool
     round: Callable[[Tensor, ScaleGrid | None], Tensor]
@@ -59,12 +60,30 @@ class ScaleStorage:
     decode: Callable[[Tensor, Tensor | None], Tensor]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype on disk."""
+        return _dtype(self.dtype_name)
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """The dtype in memory."""
+        return _dtype(self.memory_dtype_name)
+
+    @property
     def bits(self) -> int:
         """Bits of one stored scale."""
         return 8 * self.dtype.itemsize
 
 
-_Grid = TypeVar("_Grid", ScaleGrid, Tensor)  # as a value, or as it is saved
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+_Grid = TypeVar("_Grid", ScaleGrid, "Tensor")  # as a value, or as it is saved
 
 
 def grid_for(scales: Tensor) -> ScaleGrid:
@@ -84,6 +103,8 @@ def _float32(value: float) -> float:
 
 def grid_tensor(grid: ScaleGrid) -> Tensor:
     """Return float32 [2] (low, step), as it is saved."""
+    import torch
+
     return torch.tensor([grid.low, grid.step])
 
 
@@ -101,17 +122,23 @@ def on_grid(scale: Tensor, grid: ScaleGrid | None) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _magnitudes(grid: ScaleGrid, device: torch.device) -> Tensor:
+    import torch
+
     k = torch.arange(LEVELS, dtype=torch.float64, device=device)
     return torch.exp2(grid.low + grid.step * k).float()
 
 
 def to_bytes(scale: Tensor, grid: ScaleGrid | None) -> Tensor:
     """Encode scales on the grid, of either sign, as uint8, same shape. Raises AfpqError without a grid."""
+    import torch
+
     return (to_grid(scale.abs(), _required(grid)) + SIGN * (scale < 0)).to(torch.uint8)
 
 
 def from_bytes(stored: Tensor, grid: Tensor | None) -> Tensor:
     """Decode uint8 by the saved grid, float32 [2], to float32 scales, same shape. Raises AfpqError without a grid."""
+    import torch
+
     grid = _required(grid)
     k = torch.arange(LEVELS, dtype=torch.float64, device=grid.device)
     magnitudes = torch.exp2(grid[0].double() + grid[1].double() * k).float()
@@ -124,21 +151,21 @@ def _required(grid: _Grid | None) -> _Grid:
     return grid
 
 
-def _cast(scales: Tensor, grid: object, dtype: torch.dtype) -> Tensor:
-    return scales.to(dtype)
+def _cast(scales: Tensor, grid: object, dtype: str) -> Tensor:
+    return scales.to(_dtype(dtype))
 
 
-def _float_storage(dtype: torch.dtype, smallest: float) -> ScaleStorage:
-    name, to_dtype = str(dtype).removeprefix("torch."), partial(_cast, dtype=dtype)
-    return ScaleStorage(name, dtype, dtype, smallest, False, round=to_dtype, encode=to_dtype, decode=to_dtype)
+def _float_storage(name: str, smallest: float) -> ScaleStorage:
+    cast = partial(_cast, dtype=name)
+    return ScaleStorage(name, name, name, smallest, False, round=cast, encode=cast, decode=cast)
 
 
 SCALE_STORAGES = {
     storage.name: storage
     for storage in (
-        _float_storage(torch.float16, 2.0**-24),
-        _float_storage(torch.float32, SMALLEST_NORMAL),
-        ScaleStorage("log8", torch.uint8, torch.float32, SMALLEST_NORMAL, True, on_grid, to_bytes, from_bytes),
+        _float_storage("float16", 2.0**-24),
+        _float_storage("float32", SMALLEST_NORMAL),
+        ScaleStorage("log8", "uint8", "float32", SMALLEST_NORMAL, True, on_grid, to_bytes, from_bytes),
     )
 }
 
@@ -159,6 +186,8 @@ def decode_stored(stored: Tensor, grid: Tensor | None) -> Tensor:
 
 def check_scales_finite(tensors: Mapping[str, Tensor], prefix: str = "") -> None:
     """Raise AfpqError naming the first of a weight's saved tensors that is or decodes to NaN or Inf; no scale is."""
+    import torch
+
     for name, tensor in tensors.items():
         if tensor.is_meta or not tensor.dtype.is_floating_point:
             continue

@@ -14,6 +14,7 @@ from afpq.numerics.scale_storage import SCALE_STORAGES, ScaleStorage
 DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE = 64, "log8"
 DEFAULT_SCHEME = f"nf4-asym-g{DEFAULT_GROUP_SIZE}-{DEFAULT_SCALE_DTYPE}"
 
+SCALE_SEARCHES = ("absmax", "mse")  # how scales are found: `scale_search.py`
 UNNAMED_SCALE_DTYPE = "float16"  # which the text form leaves out
 _SCHEME = re.compile(r"(?P<format>.+)-(?P<sym>sym|asym)-g(?P<group>-1|\d+)(?:-(?P<scale>[a-z][a-z0-9_]*))?")
 
