@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import Cli, assert_refused
@@ -15,6 +17,7 @@ from afpq.version import __version__
 HEAVY = ("torch", "transformers", "numpy", "datasets", "huggingface_hub", "safetensors", "jinja2", "afpq.kernels")
 CALL = f"""
 import sys
+from pathlib import Path
 from afpq.cli import main
 try:
     main()
@@ -49,3 +52,28 @@ def test_the_version(cli: Cli) -> None:
 @pytest.mark.parametrize("words", [["--verbose", "--quiet", "info", "a"], ["info", "a", "--quiet", "--verbose"]])
 def test_verbose_and_quiet_exclude_each_other(cli: Cli, words: list[str]) -> None:
     assert_refused(cli(*words), "--verbose", "--quiet")
+
+
+STOP = """
+import os, signal, sys
+_, module, model = sys.argv
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+from afpq.cli import main
+sys.meta_path.insert(0, Stop())
+sys.argv = ["afpq", "info", model]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["typer", "rich.console", "afpq.commands.quantize", "torch", "numpy", "transformers"]
+)
+def test_a_stop_while_something_is_imported_is_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = subprocess.run([sys.executable, "-c", STOP, module, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, ""), done
+    assert re.fullmatch(r"afpq: stopped[^\n]*\n", done.stderr), done.stderr
