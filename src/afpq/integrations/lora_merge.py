@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Merge LoRA adapters into a quantized weight: as a float linear, or rounded to its own scheme again."""
+"""Merge LoRA adapters into a quantized weight: as a float module, or rounded to its own scheme again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from afpq.algorithms import quantize_rtn
-from afpq.model.linear import AfpqLinear
+from afpq.model.linear import PackedModule
 from afpq.numerics.groups import QuantizedWeight, encode
 
 
 @dataclass(frozen=True)
 class MergeTarget:
-    """The result of a merge: a float linear of `dtype`, or with `requantize` the layer's own scheme again."""
+    """The result of a merge: a float module of `dtype`, or with `requantize` the layer's own scheme again."""
 
     dtype: torch.dtype = torch.float32
     requantize: bool = False
@@ -32,15 +32,6 @@ def requantized(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     return min(kept, searched, key=lambda rounded: (rounded.dequantize() - weight).square().sum().item())
 
 
-def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Make a frozen nn.Linear of this weight [out, in]; its bias takes the weight's dtype."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return linear
-
-
 def relative_size(error: Tensor, change: Tensor) -> float:
     """Return the norm of the error relative to that of the change; 0 for no change."""
     size = change.norm().item()
@@ -48,11 +39,11 @@ def relative_size(error: Tensor, change: Tensor) -> float:
 
 
 def list_as_float(model: Any, floats: list[str]) -> None:
-    """List these modules as not quantized in the config; without quantized layers, remove the config."""
+    """List these modules as not quantized in the config; without quantized modules, remove the config."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not floats:
         return
-    if not any(isinstance(module, AfpqLinear) for module in model.modules()):
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
         quantizer.remove_quantization_config(model)
         return
     config = model.config.quantization_config
