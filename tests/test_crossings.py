@@ -33,7 +33,7 @@ import afpq
 from afpq import AfpqError, AfpqLinear, Recipe, parse_scheme
 from afpq.evaluation.loading import load_model
 from afpq.jobs.end_pass import kl
-from afpq.jobs.prepare import prepare
+from afpq.jobs.prepare import Texts, prepare
 
 SCHEME = "nf3-asym-g32"
 IDS = torch.arange(3, 243, 5).view(2, 24)
@@ -155,6 +155,8 @@ def adapted(model: Any, targets: str = "all-linear") -> Any:
 adapting = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore:.*_pattern keys did not match"
 )
+
+
 @adapting
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_with_an_adapter_saved_and_loaded(kind: str, quantized: Make, tmp_path: Path) -> None:
@@ -194,7 +196,8 @@ def test_the_end_pass_states_the_kl_of_what_is_saved(kind: str, original: Make, 
     options: dict[str, Any] = {**CALIBRATION, "end_pass": 8, **ends(kind)}
     afpq.quantize(original(kind), tmp_path / "out", SCHEME, evaluate=False, **options)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["end_pass"]
-    windows = prepare(original(kind), Recipe(parse_scheme(SCHEME), end_pass=8), **CALIBRATION).windows
+    recipe, texts = Recipe(parse_scheme(SCHEME), end_pass=8), Texts(CALIBRATION["text"])
+    windows = prepare(original(kind), recipe, texts, settings=CALIBRATION["settings"]).windows
     assert windows is not None and stated["kept_step"] > 0
     judging, reference, model = windows[::8], load(original(kind)), load(tmp_path / "out")
     found = [kl(logits(reference, w), logits(model, w)).item() for w in judging.split(1)]
@@ -206,7 +209,7 @@ def test_the_end_pass_states_the_kl_of_what_is_saved(kind: str, original: Make, 
 def test_a_bit_budget_is_kept_by_what_is_loaded(kind: str, original: Make, tmp_path: Path) -> None:
     candidates = ("nf2-asym-g32", "nf4-asym-g32")
     options: dict[str, Any] = {**CALIBRATION, "bits_per_weight": 4.3, "candidates": candidates, **ends(kind)}
-    plan = afpq.quantize(original(kind), tmp_path / "out", SCHEME, evaluate=False, **options)
+    plan = afpq.quantize(original(kind), tmp_path / "out", SCHEME, evaluate=False, **options).plan
     model = load(tmp_path / "out")
     layers = {t.module: model.get_submodule(t.module) for t in plan.block_targets}
     stored = sum(tensor.nbytes for layer in layers.values() for tensor in layer.packed().values())

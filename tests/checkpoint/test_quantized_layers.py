@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from afpq import AfpqConfig, AfpqError, export, parse_scheme, quantize

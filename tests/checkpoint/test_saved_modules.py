@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small_models import SIZES, WIDE
+from small_models import WIDE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,7 +78,9 @@ def quantized(original: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(kind: str) -> Path:
         if kind not in made:
             name, _, ends = kind.partition(", ")
-            keys: dict[str, Any] = {"embedding": "same", "lm_head": "same" if name != "backbone" else None} if ends else {}
+            keys: dict[str, Any] = (
+                {"embedding": "same", "lm_head": "same" if name != "backbone" else None} if ends else {}
+            )
             model = load(original(name), SAVED[name][0], quantization_config=AfpqConfig(group_size=32, **keys))[0]
             model.save_pretrained(place / kind)
             made[kind] = place / kind

@@ -43,7 +43,9 @@ def load(directory: Path, kind: Any) -> tuple[Any, Any]:
     return kind.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel, CLIPForImageClassification])
+@pytest.mark.parametrize(
+    "kind", [CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModel, CLIPForImageClassification]
+)
 def test_a_tower_is_loaded_as_from_the_float_checkpoint(kind: Any, saved: Path, tmp_path: Path) -> None:
     model, found = load(saved, kind)
     _, expected = load(saved.parent / "float", kind)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afpq.algorithms import quantize_rtn
+from afpq.errors import AfpqError
+from afpq.model.blocks import replace_module
+from afpq.model.experts import find_experts, fuse_experts
 from afpq.model.linear import PackedModule
 from afpq.numerics.groups import QuantizedWeight, encode
 
@@ -48,3 +51,24 @@ def list_as_float(model: Any, floats: list[str]) -> None:
         return
     config = model.config.quantization_config
     config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *floats})
+
+
+def check_experts(model: nn.Module, adapted: list[str]) -> None:
+    """Raise AfpqError if only some linears of a module of experts would become floats: files hold all or none so."""
+    for name, experts in find_experts(model).items():
+        linears = experts.form.linears()
+        count = len({f"{name}.{linear}" for linear in linears} & set(adapted))
+        if 0 < count < len(linears):
+            raise AfpqError(
+                f"{name}: {count} of its {len(linears)} linears have an adapter, and experts are stored as floats all "
+                "or none: merge with requantize=True, or adapt all of them"
+            )
+
+
+def fuse_float_experts(model: Any) -> None:
+    """Make fused modules of experts whose linears are all floats, as a float model has and saves them."""
+    for name, split in find_experts(model).items():
+        if not any(isinstance(module, PackedModule) for module in split.modules()):
+            replace_module(model, name, fuse_experts(split))
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
+        model._weight_conversions = None  # those of a quantized model; with None it is saved as a float model

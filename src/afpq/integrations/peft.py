@@ -22,8 +22,16 @@ from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
 from afpq.errors import AfpqError
-from afpq.integrations.lora_merge import MergeTarget, list_as_float, relative_size, requantized
+from afpq.integrations.lora_merge import (
+    MergeTarget,
+    check_experts,
+    fuse_float_experts,
+    list_as_float,
+    relative_size,
+    requantized,
+)
 from afpq.model.dequantize import float_module, packed_module
+from afpq.model.experts import find_experts
 from afpq.model.linear import AfpqLinear
 
 try:
@@ -65,7 +73,7 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
     @property
     def weight(self) -> Tensor:
         """The layer's float weight, whose dtype some models cast their inputs to; PEFT's has that of the codes."""
-        layer = self.base_layer
+        layer: Any = self.base_layer
         weight: Tensor = super().weight if isinstance(layer, AfpqLinear) and not layer.readable else layer.weight
         return weight
 
@@ -139,8 +147,23 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 class AfpqLoraModel(LoraModel):  # type: ignore[misc]
     """PEFT's LoraModel that also adapts AfpqLinear; `merge_and_unload` and `merge_adapter` accept `requantize`."""
 
+    _given_targets: tuple[Any, Any] | None = None  # (config, its target_modules), while PEFT converts those of experts
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *arguments: Any, **options: Any) -> None:
+        """Adapt the model as PEFT does, with the targets as they were given: its experts are linears.
+
+        For a float model PEFT turns the experts' linears into their fused parameter, which a quantized one has not.
+        """
+        config = self.peft_config[adapter_name]
+        if find_experts(model):
+            self._given_targets = (config, config.target_modules)
+            config.target_modules = set()
+        super().inject_adapter(model, adapter_name, *arguments, **options)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """Complete the config as PEFT does, with AfpqLinear's layer class, and AfpqLinear, but no head, in "all-linear"."""
+        """Complete the config as PEFT does, with AfpqLinear's layer class; "all-linear" has all of them but a head."""
+        if self._given_targets is not None and self._given_targets[0] is peft_config:
+            peft_config.target_modules, self._given_targets = self._given_targets[1], None
         adapted = tuple(f"{name}." for name in _named(self.model, BaseTunerLayer))
         quantized = [name for name in _named(self.model, AfpqLinear) if not name.startswith(adapted)]
         _check_modules_to_save(peft_config, quantized)
@@ -167,8 +190,10 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
 
         `requantize` rounds them to their own scheme instead, which loses part of the adapters: `merge_errors` holds the
         share. Everything else as in PEFT. The model's config is updated, so that `save_pretrained` writes what loads.
-        Raises AfpqError, with nothing merged, as `AfpqLoraLinear.check_mergeable` does.
+        Raises AfpqError, with nothing merged, as `AfpqLoraLinear.check_mergeable` and `check_experts` do.
         """
+        if not requantize:
+            check_experts(self.model, list(_named(self.model, AfpqLoraLinear)))
         with self._merging(adapter_names, requantize):
             model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return model
@@ -184,6 +209,7 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         adapted = _named(self.model, AfpqLoraLinear)
         model: nn.Module = super()._unload_and_optionally_merge(*arguments, **options)
         list_as_float(model, [name for name in adapted if not isinstance(model.get_submodule(name), AfpqLinear)])
+        fuse_float_experts(model)
         return model
 
     @contextmanager

@@ -50,7 +50,7 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     bits (2, 3, 4, 8) picks the normal-float format of that width unless `format` names one; `sym=False` means a
     scale for each sign (a zero point for integer formats). What is left out is as in
-    `quantization_config.DEFAULT_SCHEME`, quantized by rtn. `modules_to_not_convert` holds names or patterns of
+    `scheme.DEFAULT_SCHEME`, quantized by rtn. `modules_to_not_convert` holds names or patterns of
     modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. The output head and the
     embedding stay as they are unless `lm_head` and `embedding` give a scheme: its text, its keys, or "same" as the
     rest; tied ones are one weight. `dequantize` loads a saved model with float weights; everything else then comes
