@@ -155,16 +155,10 @@ def adapted(model: Any, targets: str = "all-linear") -> Any:
 adapting = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore:.*_pattern keys did not match"
 )
-MERGED: dict[str, tuple[type[Exception], str]] = {
-    "Conv1D": (AfpqError, "a merged layer forgets that its weight is stored as [in, out]"),
-    "tied": (UserWarning, "all-linear takes a quantized head too, which PEFT leaves alone"),
-}
-SQUARE = "the transposed weight has the right shape, so it loads without a word"
-READ = (AfpqError, "T5 reads the dtype of `weight`, which is that of the codes in PEFT's layer")
 
 
 @adapting
-@pytest.mark.parametrize("kind", broken(list(KINDS), {**MERGED, "encoder-decoder": READ}))
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_with_an_adapter_saved_and_loaded(kind: str, quantized: Make, tmp_path: Path) -> None:
     model = load(quantized(kind))
     plain, wrapped = logits(model), adapted(model)
@@ -178,7 +172,7 @@ def test_merged_with_an_adapter_saved_and_loaded(kind: str, quantized: Make, tmp
 
 @adapting
 @pytest.mark.filterwarnings("ignore:rounding the merged weights")
-@pytest.mark.parametrize("kind", broken(list(KINDS), MERGED))
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_rounded_dequantized_saved_and_loaded(kind: str, quantized: Make, tmp_path: Path) -> None:
     merged = adapted(load(quantized(kind))).merge_and_unload(requantize=True)
     expected = logits(merged)
@@ -189,7 +183,6 @@ def test_merged_rounded_dequantized_saved_and_loaded(kind: str, quantized: Make,
 
 
 @adapting
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=SQUARE)
 def test_a_square_transposed_matrix_merged_saved_and_loaded(quantized: Make, tmp_path: Path) -> None:
     """A shape that is wrong is an error on loading; this one would only be wrong logits."""
     merged = adapted(load(quantized("Conv1D")), r".*attn\.c_proj").merge_and_unload()
@@ -198,16 +191,13 @@ def test_a_square_transposed_matrix_merged_saved_and_loaded(quantized: Make, tmp
     assert_near(logits(load(tmp_path / "merged")), expected)
 
 
-DROPPED = (AssertionError, "the scales of a tied head are tuned and measured, and then not saved")
-
-
-@pytest.mark.parametrize("kind", broken(DECODERS, {"tied": DROPPED}))
+@pytest.mark.parametrize("kind", DECODERS)
 def test_the_end_pass_states_the_kl_of_what_is_saved(kind: str, original: Make, tmp_path: Path) -> None:
     options: dict[str, Any] = {**CALIBRATION, "end_pass": 8, **ends(kind)}
     afpq.quantize(original(kind), tmp_path / "out", SCHEME, evaluate=False, **options)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["end_pass"]
-    texts, settings = Texts(CALIBRATION["text"]), CALIBRATION["settings"]
-    windows = prepare(original(kind), Recipe(parse_scheme(SCHEME), end_pass=8), texts, settings=settings).windows
+    recipe, texts = Recipe(parse_scheme(SCHEME), end_pass=8), Texts(CALIBRATION["text"])
+    windows = prepare(original(kind), recipe, texts, settings=CALIBRATION["settings"]).windows
     assert windows is not None and stated["kept_step"] > 0
     judging, reference, model = windows[::8], load(original(kind)), load(tmp_path / "out")
     found = [kl(logits(reference, w), logits(model, w)).item() for w in judging.split(1)]

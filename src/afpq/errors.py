@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Words of torch's and CUDA's errors that have no class of their own.
+FULL = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class AfpqError(Exception):
     """Bad input, named, with what to do about it; the command line prints it as one line and exits with 2."""
@@ -25,14 +31,27 @@ def in_all(count: int, noun: str) -> str:
 def out_of_memory(error: Exception) -> AfpqError | None:
     """The error to raise if `error` is a lack of memory, on a GPU or a CPU; None for any other error.
 
-    torch raises a subclass of RuntimeError for a GPU and a plain RuntimeError for a CPU.
+    torch raises a subclass of RuntimeError for a GPU and a plain RuntimeError for a CPU. An AfpqError has its words
+    already.
     """
     import torch
 
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-    if not full:
+    named = isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    if not (named or isinstance(error, torch.OutOfMemoryError | MemoryError)):
         return None
     reason = " ".join(str(error).split())[:200]
     return AfpqError(
         f"out of memory ({reason or 'no details'}): use a smaller --seq-len, fewer --samples or another --device"
     )
+
+
+@contextmanager
+def named_lack_of_memory() -> Iterator[None]:
+    """Inside, or in a function decorated with it, a lack of memory is the AfpqError of `out_of_memory`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = out_of_memory(error)
+        if full is None:
+            raise
+        raise full from None

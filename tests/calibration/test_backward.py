@@ -96,3 +96,13 @@ def test_lack_of_memory_on_the_way_back_is_named(error: Exception, message: str,
     states, behind = (Activations(tmp_path / name, (1, 2, 3), create=True) for name in ("states", "behind"))
     with pytest.raises(AfpqError, match=message):
         step_back(Block(), BlockCall((), {}, False), states, behind, CPU)
+
+
+def test_lack_of_memory_on_the_way_forwards_again_is_named(tmp_path: Path) -> None:
+    class Full(nn.Module):
+        def forward(self, _x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    states, behind = (Activations(tmp_path / name, (1, 2, 3), create=True) for name in ("states", "behind"))
+    with pytest.raises(AfpqError, match=r"^out of memory .*--seq-len.*--samples.*--device"):
+        step_back(Full(), BlockCall((), {}, False), states, behind, CPU)

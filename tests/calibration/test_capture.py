@@ -12,7 +12,7 @@ import torch
 from block_runs import CONFIGS, ids, stored, tiny
 from torch import Tensor, nn
 
-from afpq.calibration.capture import advance, capture, materialize
+from afpq.calibration.capture import BlockCall, advance, capture, materialize
 from afpq.calibration.hidden_states import Activations
 from afpq.errors import AfpqError
 from afpq.model.blocks import find_blocks
@@ -118,6 +118,17 @@ def test_lack_of_memory_is_not_called_an_unsupported_architecture(error: Excepti
     model.get_submodule("model.embed_tokens").register_forward_pre_hook(fail)
     with pytest.raises(AfpqError, match=r"^out of memory .*--seq-len.*--samples.*--device"):
         capture(model, find_blocks(model), ids(), lambda *_: None)
+
+
+@FULL
+def test_lack_of_memory_in_a_block_is_named(error: Exception, tmp_path: Path) -> None:
+    class Full(nn.Module):
+        def forward(self, _x: Tensor) -> Tensor:
+            raise error
+
+    before, behind = (Activations(tmp_path / name, (1, 2, 3), create=True) for name in ("a", "b"))
+    with pytest.raises(AfpqError, match=r"^out of memory .*--seq-len.*--samples.*--device"):
+        advance(Full(), BlockCall((), {}, False), before, behind, CPU)
 
 
 def test_other_errors_are_not_called_a_lack_of_memory() -> None:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afpq import AfpqConfig
 from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.quantization_config import config_from_json, config_to_json, scheme_from_json, scheme_to_json
 from afpq.errors import AfpqError
 from afpq.numerics.formats import FORMATS, custom_format
-from afpq.numerics.scheme import Scheme, parse_scheme
+from afpq.numerics.scheme import DEFAULT_SCHEME, Scheme, parse_scheme
 from afpq.recipe import Recipe, is_kept
 
 NF4, NF3, INT8 = parse_scheme("nf4-asym-g128"), parse_scheme("nf3-asym-g64"), parse_scheme("int8-sym-g-1")
@@ -95,14 +96,14 @@ def test_the_fields_names_are_used() -> None:
 @pytest.mark.parametrize(
     ("keys", "scheme"),
     [
-        ({}, "nf4-asym-g128"),
-        ({"bits": 3}, "nf3-asym-g128"),
-        ({"bits": 8}, "int8-asym-g128"),
-        ({"format": "fp3"}, "fp3-asym-g128"),
-        ({"format": "int4", "bits": 4, "sym": True, "group_size": -1}, "int4-sym-g-1"),
-        ({"bits": None, "format": None, "group_size": None, "sym": None, "scale_dtype": None}, "nf4-asym-g128"),
-        ({"scale_dtype": "float32"}, "nf4-asym-g128-float32"),
-        ({"format": "lut:-1:0:1", "bits": 2}, "lut:-1.0:0.0:1.0-asym-g128"),
+        ({}, "nf4-asym-g64-log8"),
+        ({"bits": 3}, "nf3-asym-g64-log8"),
+        ({"bits": 8}, "int8-asym-g64-log8"),
+        ({"format": "fp3"}, "fp3-asym-g64-log8"),
+        ({"format": "int4", "bits": 4, "sym": True, "group_size": -1}, "int4-sym-g-1-log8"),
+        ({"bits": None, "format": None, "group_size": None, "sym": None, "scale_dtype": None}, "nf4-asym-g64-log8"),
+        ({"scale_dtype": "float32"}, "nf4-asym-g64-float32"),
+        ({"format": "lut:-1:0:1", "bits": 2}, "lut:-1.0:0.0:1.0-asym-g64-log8"),
     ],
     ids=str,
 )
@@ -120,7 +121,8 @@ def test_dynamic_follows_gptqmodel() -> None:
         r"+:v_proj": {"format": "nf3", "sym": False},
         r"-:down_proj": {},
     }
-    recipe, _ = config_from_json({"format": "nf4", "group_size": 64, "sym": True, "dynamic": dynamic})
+    rest = {"format": "nf4", "group_size": 64, "sym": True, "scale_dtype": "float16"}
+    recipe, _ = config_from_json({**rest, "dynamic": dynamic})
     found = {name: recipe.scheme_for(f"model.layers.0.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     assert {name: str(scheme) for name, scheme in found.items()} == {
         "q_proj": "int8-sym-g64",
@@ -207,3 +209,21 @@ def test_what_is_kept(name: str, entry: str) -> None:
 def test_what_is_not_kept(name: str, entry: str) -> None:
     assert not is_kept(name, [entry])
     assert not is_kept(name, [])
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"bits": 3}, {"format": "nf4", "sym": True}, {"group_size": 32}, {"sym": None}], ids=str
+)
+def test_what_is_left_out_is_the_same_for_every_reader(keys: dict[str, Any]) -> None:
+    """The command's default scheme, for `info`, `export` and `from_pretrained` alike."""
+    scheme, default = config_from_json(keys)[0].scheme, parse_scheme(DEFAULT_SCHEME)
+    assert AfpqConfig(**keys).recipe()[0].scheme == scheme
+    assert AfpqConfig(**keys).to_dict() == AfpqConfig(**AfpqConfig(**keys).to_dict()).to_dict()
+    assert scheme.group_size == (keys.get("group_size") or default.group_size)
+    assert (scheme.scale_dtype, scheme.sym) == (default.scale_dtype, bool(keys.get("sym")))
+
+
+def test_a_written_config_names_every_key_of_its_scheme() -> None:
+    """So a default may change without a change of any model that was written."""
+    keys = config_to_json(Recipe(parse_scheme("nf3-asym-g128")), ())
+    assert {"bits", "format", "group_size", "sym", "scale_dtype", "method", "scale_search"} <= set(keys)

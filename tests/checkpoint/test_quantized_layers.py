@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from afpq import AfpqConfig, AfpqError, export, parse_scheme, quantize
@@ -40,12 +41,17 @@ def test_a_checkpoint_of_the_model_without_its_head(tiny_model_dir: Path, tmp_pa
     assert set(again.state_dict()) == set(AutoModel.from_pretrained(tiny_model_dir).state_dict())
 
 
-def test_a_linear_that_the_config_does_not_keep_must_be_packed(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Also outside of the blocks, as a model demands when it is loaded."""
+def test_a_linear_is_packed_exactly_if_its_packed_tensors_are_there(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """One that the config does not keep may have a float weight; one that has neither is an error."""
     quantize(tiny_model_dir, tmp_path / "q", evaluate=False)
+    before = quantized_layers(open_checkpoint(tmp_path / "q"))
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = []
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    assert quantized_layers(open_checkpoint(tmp_path / "q")) == before
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "q" / "model.safetensors")
     with pytest.raises(AfpqError, match=r"lm_head\.qweight"):
         quantized_layers(open_checkpoint(tmp_path / "q"))
 

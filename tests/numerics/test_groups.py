@@ -178,7 +178,7 @@ def test_codes_are_the_nearest_values_of_the_weights_side(weight: Tensor, scheme
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_tie_takes_the_lower_value(sym: bool) -> None:
-    scheme = Scheme(parse_format("fp4"), sym=sym)
+    scheme = Scheme(parse_format("fp4"), 128, sym)
     weight = torch.tensor([[6, -6, 0.25, -0.25, 1.25, -1.25, 2.5, -2.5, 5, -5]])
     back = quantize(weight, scheme).dequantize()
     assert back.tolist() == [[6, -6, 0, -0.5, 1, -1.5, 2, -3, 4, -6]]

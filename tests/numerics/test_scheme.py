@@ -60,7 +60,7 @@ def test_impossible_group_sizes_are_errors(group_size: int) -> None:
 
 def test_unknown_scale_dtype_is_an_error() -> None:
     with pytest.raises(AfpqError, match="bfloat16"):
-        Scheme(parse_format("nf4"), scale_dtype="bfloat16")
+        Scheme(parse_format("nf4"), 128, scale_dtype="bfloat16")
 
 
 def test_asymmetric_means_two_scales_except_for_integers() -> None:

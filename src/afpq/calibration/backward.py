@@ -23,7 +23,7 @@ from afpq.calibration.head_inputs import fill_outside, standing_in
 from afpq.calibration.hidden_states import Activations
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan
-from afpq.errors import AfpqError, out_of_memory
+from afpq.errors import AfpqError, named_lack_of_memory, out_of_memory
 from afpq.model.blocks import Block, find_blocks
 from afpq.progress import Progress
 
@@ -113,6 +113,7 @@ class FloatModelPass:
         return materialize(block.module, tensors, self.device)
 
 
+@named_lack_of_memory()
 def loss_gradients(
     model: PreTrainedModel, calls: Mapping[str, BlockCall], windows: Tensor, last: Activations, gradients: Activations,
     seed: int,
@@ -120,6 +121,7 @@ def loss_gradients(
     """Compute gradients of the sum of -log p(y) by the last block's outputs, with y drawn from the predictions p.
 
     Everything outside the blocks is real in `model`, in float32 on the CPU. Window by window: logits are wide.
+    Raises AfpqError for a model that predicts no tokens, and for a lack of memory.
     """
     blocks = [block for block in find_blocks(model) if block.name in calls]
     generator = torch.Generator().manual_seed(seed)
@@ -141,6 +143,7 @@ def loss_gradients(
 GradientHook = Callable[[nn.Module, slice], AbstractContextManager[None]]  # (block, windows that run inside it)
 
 
+@named_lack_of_memory()
 def step_back(
     block: nn.Module, call: BlockCall, inputs: Activations, behind: Activations, device: torch.device,
     hook: GradientHook | None = None, before: Activations | None = None,

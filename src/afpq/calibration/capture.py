@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.calibration.hidden_states import Activations, Inputs, batch_size
-from afpq.errors import AfpqError, out_of_memory
+from afpq.errors import AfpqError, named_lack_of_memory, out_of_memory
 from afpq.model.blocks import Block, replaced_forwards
 
 
@@ -135,8 +135,12 @@ def materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.dev
 
 
 @torch.no_grad()
+@named_lack_of_memory()
 def advance(block: nn.Module, call: BlockCall, inputs: Inputs, outputs: Activations, device: torch.device) -> None:
-    """Run the block on all windows and store its outputs. Raises AfpqError if they are not finite."""
+    """Run the block on all windows and store its outputs.
+
+    Raises AfpqError if they are not finite, and for a lack of memory.
+    """
     for rows, hidden in inputs.batches(device):
         result = call(block, hidden)
         if not bool(torch.isfinite(result).all()):

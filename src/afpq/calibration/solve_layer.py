@@ -15,7 +15,7 @@ from afpq.algorithms.layer_problem import LayerProblem, Solution
 from afpq.algorithms.methods import METHODS, NEAREST
 from afpq.calibration.round_units import LayerLog
 from afpq.checkpoint.plan import Target
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, named_lack_of_memory
 from afpq.numerics.fitted_scheme import FittedScheme
 from afpq.numerics.groups import QuantizedWeight, relative_error
 from afpq.recipe import Recipe
@@ -84,9 +84,10 @@ def _loss(E: Tensor, statistics: LayerStatistics) -> float:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Start the message of an AfpqError raised inside with the name of the block or tensor."""
+    """Start the message of an AfpqError raised inside, or of a lack of memory, with the name of the block or tensor."""
     try:
-        yield
+        with named_lack_of_memory():
+            yield
     except SingularHessian:
         raise
     except AfpqError as error:

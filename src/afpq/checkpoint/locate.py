@@ -18,13 +18,21 @@ from afpq.numerics.packing import layout
 
 
 class TensorLookup:
-    """The tensors of a checkpoint by the names of a model, which may differ by the base model's prefix too."""
+    """The tensors of a checkpoint by the names of a model, which may differ by the base model's prefix too.
+
+    `other_base` is the prefix in the checkpoint of the model's base, if it is not the model's own.
+    """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], model: nn.Module, known: Iterable[str] = ()) -> None:
         """`known`: names of the model that are not renamed if the checkpoint has them."""
         self.names, taken = TensorNames(model), set(known)
         self.tensors, self.base = tensors, getattr(model, "base_model_prefix", "")
-        self.by_model_name = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
+        renamed = {(name if name in taken else self.names.in_model(name)): name for name in tensors}
+        self.other_base = _other_base(model, self.base, renamed)
+        if self.other_base is not None:
+            old, new = f"{self.other_base}.", f"{self.base}."
+            renamed = {(new + n.removeprefix(old) if n.startswith(old) else n): name for n, name in renamed.items()}
+        self.by_model_name = renamed
 
     def find(self, name: str) -> str | None:
         """Return the checkpoint's name of the model's tensor `name`; None if it has none."""
@@ -35,6 +43,15 @@ class TensorLookup:
         """Return `name` with or without the base model's prefix, as the checkpoint has it; None if it has neither."""
         candidates = (name, f"{self.base}.{name}", name.removeprefix(f"{self.base}."))
         return next((n for n in candidates if n in self.by_model_name), None)
+
+    def base_renaming(self) -> tuple[str, str] | None:
+        """Return the base model's (prefix in the checkpoint, prefix in the model) if Transformers cannot match them."""
+        return None if self.other_base is None else (self.other_base, self.base)
+
+    def holds_any(self, start: str) -> bool:
+        """Whether the checkpoint has a tensor whose name begins so, with or without the base model's prefix."""
+        starts = (start, f"{self.base}.{start}", start.removeprefix(f"{self.base}."))
+        return any(name.startswith(starts) for name in self.by_model_name)
 
     def hold_different_values(self, name: str, other: str) -> bool:
         """Whether the checkpoint holds both of the model's tensors, with different values. Raises as `read_tensor`."""
@@ -54,6 +71,28 @@ class TensorLookup:
                 f"{info.file}: tensor {found} is {info.dtype} {info.shape}; the config needs {dtype} {shape}"
             )
         return found
+
+
+def _other_base(model: nn.Module, base: str, names: Iterable[str]) -> str | None:
+    """Return the prefix under which the names have all of the base model's modules; None if it is `base`, or none.
+
+    Some classes with a head call the base model otherwise than the class it was saved from.
+    """
+    inner = getattr(model, base, None) if base else None
+    names = list(names)
+    if not isinstance(inner, nn.Module) or any(name.startswith(f"{base}.") for name in names):
+        return None
+    own, inside = dict(model.named_modules()), dict(inner.named_modules())
+    starts: dict[str, list[str]] = {}
+    for name in names:
+        first, _, rest = name.partition(".")
+        starts.setdefault(first, []).append(rest.rpartition(".")[0])
+    found = [
+        first
+        for first, rests in starts.items()
+        if first not in own and first not in inside and all(rest and rest in inside for rest in rests)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def saved_name(name: str, located: TensorLookup) -> str:

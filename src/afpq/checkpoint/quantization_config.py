@@ -10,7 +10,7 @@ from afpq.algorithms.methods import NEAREST
 from afpq.algorithms.solver_options import options_to_json
 from afpq.errors import AfpqError
 from afpq.numerics.formats import parse_format
-from afpq.numerics.scheme import Scheme, default_format
+from afpq.numerics.scheme import DEFAULT_SCHEME, Scheme, default_format, parse_scheme
 from afpq.recipe import Recipe, name_of, scheme_of_end
 
 QUANT_METHOD = "afpq"
@@ -31,7 +31,7 @@ def scheme_to_json(scheme: Scheme) -> dict[str, Any]:
 
 
 def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme:
-    """Return the scheme of the keys given; missing ones come from `base`, or are the defaults.
+    """Return the scheme of the keys given; missing ones come from `base`, or are those of DEFAULT_SCHEME.
 
     Raises AfpqError for a wrong type, and for `bits` that contradict `format`.
     """
@@ -42,7 +42,7 @@ def scheme_from_json(keys: dict[str, Any], base: Scheme | None = None) -> Scheme
         value = keys.get(key)
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise AfpqError(f"quantization_config: {key} is {value!r}; expected {kind.__name__}")
-    base = base or Scheme(default_format(4))
+    base = base or parse_scheme(DEFAULT_SCHEME)
     default = base.format if bits is None else default_format(bits)
     format = default if name is None else parse_format(name)
     if bits is not None and bits != format.bits:

@@ -10,6 +10,7 @@ from torch import nn
 from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json
 from afpq.checkpoint.reader import Checkpoint
+from afpq.checkpoint.saved_modules import SavedModules
 from afpq.errors import AfpqError
 from afpq.model.blocks import TransposedLinear
 from afpq.model.embedding_and_head import saved_ends
@@ -48,7 +49,7 @@ class QuantizedLayer:
 
 
 def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[QuantizedLayer]:
-    """Return the quantized linears and ends of a checkpoint, in the model's order: those that its config does not keep.
+    """Return the quantized linears and ends of a checkpoint, in the model's order: those that it holds packed.
 
     Raises AfpqError for a checkpoint that is not quantized or by another tool, and for a tensor that is missing or has
     another dtype or shape than the config requires.
@@ -62,6 +63,8 @@ def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     model = build_skeleton(checkpoint.directory, trust_remote_code)
     located = TensorLookup(checkpoint.tensors, model)
     ends = saved_ends(model, lambda name: located.find(name) is not None)
+    held = SavedModules(model, located)
+    recipe = held.settle_ends(recipe, ends)
     chosen = ends.schemes(recipe)
     # If Transformers merges no experts, files hold them in 3-D tensors.
     split = () if located.names.merges else tuple(f"{name}." for name in find_experts(model))
@@ -70,7 +73,7 @@ def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
         if ends.tied and name == ends.head and name in chosen:
             continue  # its table is the embedding's
         scheme = chosen.get(name) or (recipe.scheme_for(name) if isinstance(module, nn.Linear) else None)
-        if scheme is None or is_kept(name, kept):
+        if scheme is None or is_kept(name, kept) or not held.is_packed(name, scheme):
             continue
         if scheme.format.learned:
             raise AfpqError(f"{checkpoint.directory}: config.json has no code book for {name}; it is incomplete")

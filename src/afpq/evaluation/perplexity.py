@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, named_lack_of_memory
 from afpq.evaluation.loading import require_next_token
 from afpq.progress import Progress
 
@@ -107,6 +107,7 @@ def evaluate(
 
 
 @torch.no_grad()
+@named_lack_of_memory()
 def measure(
     model: nn.Module,
     windows: Tensor,
@@ -116,7 +117,7 @@ def measure(
     """Run the model on token windows [count, length].
 
     `reference` gives a reference model's logits of each window in the same order (`logits_of`, or a list of them).
-    Raises AfpqError for a reference of another vocabulary.
+    Raises AfpqError for a reference of another vocabulary, and for a lack of memory.
     """
     losses, divergences, agreements = [], [], []
     others: Iterator[Tensor] | None = None if reference is None else iter(reference)

@@ -14,23 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from afpq.checkpoint.locate import TensorLookup
 from afpq.errors import AfpqError, in_all
 from afpq.model.linear import PackedModule
-
-
-def new_linears(model: PreTrainedModel, located: TensorLookup) -> list[str]:
-    """The linears that neither the checkpoint nor the saved class has: the head of a new task, which is not packed."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    parts = ("weight", "qweight")
-    absent = [name for name in linears if not any(located.find(f"{name}.{part}") for part in parts)]
-    if not absent:
-        return []
-    saved, prefix = _saved_names(model), model.base_model_prefix
-    return [name for name in absent if not _is_among(f"{name}.weight", saved, prefix)]
 
 
 def absent_tensors(model: PreTrainedModel, located: TensorLookup) -> list[str]:
@@ -80,8 +68,3 @@ def _saved_names(model: PreTrainedModel) -> frozenset[str]:
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         return frozenset(named._from_config(config).state_dict())
-
-
-def _is_among(name: str, names: frozenset[str], prefix: str) -> bool:
-    """Whether the saved class has the tensor, with the base model's prefix or without."""
-    return not names.isdisjoint((name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))

@@ -17,11 +17,21 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
 from afpq.errors import AfpqError
-from afpq.integrations.lora_merge import MergeTarget, float_linear, list_as_float, relative_size, requantized
+from afpq.integrations.lora_merge import (
+    MergeTarget,
+    check_experts,
+    fuse_float_experts,
+    list_as_float,
+    relative_size,
+    requantized,
+)
+from afpq.model.dequantize import float_module, packed_module
+from afpq.model.experts import find_experts
 from afpq.model.linear import AfpqLinear
 
 try:
@@ -59,6 +69,13 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's float weight, whose dtype some models cast their inputs to; PEFT's has that of the codes."""
+        layer: Any = self.base_layer
+        weight: Tensor = super().weight if isinstance(layer, AfpqLinear) and not layer.readable else layer.weight
+        return weight
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
@@ -99,10 +116,11 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
         if self.merge_target.requantize:
             rounded = requantized(packed.quantized_weight(), base + change)
             self.merge_error = relative_size(rounded.dequantize() - base - change, change)
-            self.base_layer = AfpqLinear.from_weight(rounded, bias)
+            self.base_layer = packed_module(packed, rounded, bias)
         else:
             self.merge_error = None
-            self.base_layer = float_linear((base + change).to(self.merge_target.dtype), bias)
+            merged = (base + change).to(self.merge_target.dtype)
+            self.base_layer = float_module(packed, merged, bias).requires_grad_(False)
         self._packed, self.merged_adapters = [packed], names
 
     def unmerge(self) -> None:
@@ -110,7 +128,9 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer, self._packed, self.merged_adapters = self._packed[0].to(self.weight.device), [], []
+        layer = self.base_layer
+        device = (layer.qweight if isinstance(layer, AfpqLinear) else layer.get_parameter("weight")).device
+        self.base_layer, self._packed, self.merged_adapters = self._packed[0].to(device), [], []
 
     def check_mergeable(self, names: list[str]) -> None:
         """Raise AfpqError for adapters that hold NaN or Inf, or a bias if the layer has none."""
@@ -127,8 +147,23 @@ class AfpqLoraLinear(LoraLinear):  # type: ignore[misc]
 class AfpqLoraModel(LoraModel):  # type: ignore[misc]
     """PEFT's LoraModel that also adapts AfpqLinear; `merge_and_unload` and `merge_adapter` accept `requantize`."""
 
+    _given_targets: tuple[Any, Any] | None = None  # (config, its target_modules), while PEFT converts those of experts
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *arguments: Any, **options: Any) -> None:
+        """Adapt the model as PEFT does, with the targets as they were given: its experts are linears.
+
+        For a float model PEFT turns the experts' linears into their fused parameter, which a quantized one has not.
+        """
+        config = self.peft_config[adapter_name]
+        if find_experts(model):
+            self._given_targets = (config, config.target_modules)
+            config.target_modules = set()
+        super().inject_adapter(model, adapter_name, *arguments, **options)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        """Complete the config as PEFT does, with AfpqLinear's layer class, and AfpqLinear in "all-linear"."""
+        """Complete the config as PEFT does, with AfpqLinear's layer class; "all-linear" has all of them but a head."""
+        if self._given_targets is not None and self._given_targets[0] is peft_config:
+            peft_config.target_modules, self._given_targets = self._given_targets[1], None
         adapted = tuple(f"{name}." for name in _named(self.model, BaseTunerLayer))
         quantized = [name for name in _named(self.model, AfpqLinear) if not name.startswith(adapted)]
         _check_modules_to_save(peft_config, quantized)
@@ -137,7 +172,11 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         config = super()._prepare_adapter_config(peft_config, model_config)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config = _maybe_include_all_linear_layers(config, self.model)
-            config.target_modules = {*config.target_modules, *quantized}
+            head = _output_head(self.model)
+            config.target_modules = {
+                *config.target_modules,
+                *(name for name in quantized if self.model.get_submodule(name) is not head),
+            }
         return config
 
     def merge_and_unload(
@@ -147,12 +186,14 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
         requantize: bool = False,
     ) -> nn.Module:
-        """Return the base model with the adapters merged; adapted layers become float linears in the model's dtype.
+        """Return the base model with the adapters merged; adapted layers become float modules in the model's dtype.
 
         `requantize` rounds them to their own scheme instead, which loses part of the adapters: `merge_errors` holds the
         share. Everything else as in PEFT. The model's config is updated, so that `save_pretrained` writes what loads.
-        Raises AfpqError, with nothing merged, as `AfpqLoraLinear.check_mergeable` does.
+        Raises AfpqError, with nothing merged, as `AfpqLoraLinear.check_mergeable` and `check_experts` do.
         """
+        if not requantize:
+            check_experts(self.model, list(_named(self.model, AfpqLoraLinear)))
         with self._merging(adapter_names, requantize):
             model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return model
@@ -167,7 +208,8 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
     def _unload_and_optionally_merge(self, *arguments: Any, **options: Any) -> nn.Module:
         adapted = _named(self.model, AfpqLoraLinear)
         model: nn.Module = super()._unload_and_optionally_merge(*arguments, **options)
-        list_as_float(model, [name for name in adapted if isinstance(model.get_submodule(name), nn.Linear)])
+        list_as_float(model, [name for name in adapted if not isinstance(model.get_submodule(name), AfpqLinear)])
+        fuse_float_experts(model)
         return model
 
     @contextmanager
@@ -197,6 +239,11 @@ class AfpqLoraModel(LoraModel):  # type: ignore[misc]
 
 def _named(model: nn.Module, kind: type[T]) -> dict[str, T]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """Return the output head, which "all-linear" leaves out, as in PEFT."""
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def _check_modules_to_save(config: Any, quantized: list[str]) -> None:

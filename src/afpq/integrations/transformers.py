@@ -25,21 +25,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from afpq.algorithms.methods import METHODS
 from afpq.checkpoint.locate import TensorLookup, check_headers, saved_name
 from afpq.checkpoint.plan import settled_recipe
-from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json, config_to_json, ends_to_json
+from afpq.checkpoint.quantization_config import ENDS, QUANT_METHOD, config_from_json, config_to_json, ends_to_json
 from afpq.checkpoint.reader import TensorInfo, tensor_headers
+from afpq.checkpoint.saved_modules import SavedModules
 from afpq.checkpoint.unaware_loaders import lift_guard
 from afpq.checkpoint.wrappers import wrapper_of
 from afpq.errors import AfpqError
 from afpq.integrations.guarded_saves import wrap_save
 from afpq.integrations.hub import wrap_upload
-from afpq.integrations.missing_tensors import absent_tensors, check_missing, new_linears
+from afpq.integrations.missing_tensors import absent_tensors, check_missing
+from afpq.integrations.part_configs import wrap_part_configs
 from afpq.integrations.quantize_loaded import QuantizeLoaded
 from afpq.model.blocks import find_blocks
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
 from afpq.model.embedding import AfpqEmbedding
 from afpq.model.embedding_and_head import EmbeddingAndHead, saved_ends, settle_recipe
-from afpq.model.experts import find_experts
+from afpq.model.experts import expert_form, find_experts
 from afpq.model.linear import PackedModule
 from afpq.model.packed_modules import (
     convertible,
@@ -51,7 +53,7 @@ from afpq.model.packed_modules import (
 )
 from afpq.model.patterns import check_entries, check_patterns
 from afpq.model.renamed_tensors import ExpertMerge
-from afpq.numerics.scheme import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_DTYPE, Scheme
+from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe, is_kept
 
 
@@ -59,7 +61,8 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The quantization of a model, to be done or saved: the `quantization_config` of its config.json.
 
     bits (2, 3, 4, 8) picks the normal-float format of that width unless `format` names one; `sym=False` means a
-    scale for each sign (a zero point for integer formats). `modules_to_not_convert` holds names or patterns of
+    scale for each sign (a zero point for integer formats). What is left out is as in
+    `scheme.DEFAULT_SCHEME`, quantized by rtn. `modules_to_not_convert` holds names or patterns of
     modules left alone; `dynamic` maps "+:regex" to keys that override, "-:regex" to skip. The output head and the
     embedding stay as they are unless `lm_head` and `embedding` give a scheme: its text, its keys, or "same" as the
     rest; tied ones are one weight. `dequantize` loads a saved model with float weights; everything else then comes
@@ -72,11 +75,11 @@ class AfpqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         bits: int | None = None,
         format: str | None = None,
-        group_size: int = DEFAULT_GROUP_SIZE,
-        sym: bool = False,
-        scale_dtype: str = DEFAULT_SCALE_DTYPE,
-        method: str = "rtn",
-        scale_search: str = "absmax",
+        group_size: int | None = None,
+        sym: bool | None = None,
+        scale_dtype: str | None = None,
+        method: str | None = None,
+        scale_search: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         dynamic: dict[str, Any] | None = None,
         lm_head: dict[str, Any] | str | None = None,
@@ -136,6 +139,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.failures: list[AfpqError] = []
         self.merges: list[ExpertMerge] = []
         self.absent: list[str] = []  # tensors that are not in the headers under their names
+        self.base_renaming: tuple[str, str] | None = None  # prefix of the base model: in files, in the model
         if self.quantization_config.dequantize and not self.pre_quantized:
             raise AfpqError("dequantize=True is for a checkpoint that is quantized already; this one is not")
         recipe, kept = self.quantization_config.recipe()
@@ -149,14 +153,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         located = TensorLookup(headers, model)
         added = next((part for key in headers if (part := wrapper_of(key))), "")
         self.misnamed = f" (names in the files hold {added!r}; afpq quantize reads them without it)" if added else ""
-        if self.pre_quantized and headers and (new := new_linears(model, located)):
-            kept = self.quantization_config.modules_to_not_convert = sorted({*kept, *new})
-        recipe, ends = self._settle(model, recipe, located)
+        held = SavedModules(model, located) if self.pre_quantized and checkpoint_files is not None else None
+        recipe, ends = self._settle(model, recipe, located, held)
         schemes = ends.schemes(recipe)
 
         def scheme_of(name: str) -> Scheme | None:
             saved = saved_name(name, located)
-            return None if is_kept(saved, kept) or name in schemes else recipe.scheme_for(saved)
+            scheme = None if is_kept(saved, kept) or name in schemes else recipe.scheme_for(saved)
+            return scheme if scheme is None or held is None or held.is_packed(name, scheme) else None
 
         # A saved model lists every linear it kept; the blocks matter only for a new one.
         places = [""] if self.pre_quantized else [f"{block.name}." for block in find_blocks(model)]
@@ -168,27 +172,40 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         pack_ends(model, ends, recipe, kept, self.pre_quantized)
         if not any(isinstance(module, PackedModule) for module in model.modules()):
-            raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
+            if held is None:
+                raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
+            held.check_nothing_packed([name for name, m in convertible(model) if expert_form(m) is None])
         self.settled, self.ends, self.learned = recipe, ends, _unlearned(model)
         if self.pre_quantized and self.learned:
             raise AfpqError(f"quantization_config: no code book for {self.learned[0]}; config.json is incomplete")
         mark_initialized(model)
         if find_experts(model):
             self.merges = located.names.merges
-        if self.pre_quantized:
-            if checkpoint_files is not None:
-                check_headers(model, located)
-                self.absent = absent_tensors(model, located)
-        else:
-            rest = {name for name, _ in convertible(model)}
-            self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
-            self.quantization_config.__dict__.update(ends_to_json(recipe))
+        if self.pre_quantized and checkpoint_files is not None:
+            check_headers(model, located)
+            self.absent = absent_tensors(model, located)
+            self.base_renaming = located.base_renaming()
+        rest = {name for name, _ in convertible(model)}
+        if self.pre_quantized:  # those of another class than the saved one, or with a float weight after all
+            rest = {name for name in rest if not is_kept(saved_name(name, located), kept)}
+        self._note(recipe, rest | set(kept))
 
-    def _settle(self, model: PreTrainedModel, recipe: Recipe, located: TensorLookup) -> tuple[Recipe, EmbeddingAndHead]:
+    def _settle(
+        self, model: PreTrainedModel, recipe: Recipe, located: TensorLookup, held: SavedModules | None
+    ) -> tuple[Recipe, EmbeddingAndHead]:
         """Return the recipe with its schemes of the ends, and the ends: tied unless the checkpoint stores both."""
         if not self.pre_quantized:
             return settle_recipe(model, recipe, located.hold_different_values)
-        return recipe, saved_ends(model, lambda name: located.find(name) is not None)
+        ends = saved_ends(model, lambda name: located.find(name) is not None)
+        return (recipe if held is None else held.settle_ends(recipe, ends)), ends
+
+    def _note(self, recipe: Recipe, kept: set[str]) -> None:
+        """Write what is packed in the model, and what is not, to the config that is saved with it."""
+        config = self.quantization_config
+        config.modules_to_not_convert = sorted(kept)
+        for end in ENDS:
+            config.__dict__.pop(end, None)
+        config.__dict__.update(ends_to_json(recipe))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.failures:
@@ -225,9 +242,13 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return is_loading_slot(model.get_submodule(parent), name)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
-        """Return the renamings of experts with another path in files; Transformers' table renames only merged ones."""
+        """Return the renamings that Transformers' table lacks: of experts that are not merged, of the base model."""
         moved = {(m.in_files, m.merged) for m in self.merges if m.in_files != m.merged} if self.pre_quantized else set()
-        return [WeightRenaming(f"{in_files}.", f"{merged}.") for in_files, merged in sorted(moved)]
+        renamings = [WeightRenaming(f"{in_files}.", f"{merged}.") for in_files, merged in sorted(moved)]
+        if self.base_renaming is not None:
+            in_files, in_model = self.base_renaming
+            renamings.append(WeightRenaming(f"^{in_files}.", f"{in_model}."))
+        return renamings
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeLoaded(self.failures, self.quantization_config.recipe()[0].search)
@@ -262,6 +283,7 @@ if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:  # a second registration rai
     register_quantizer(QUANT_METHOD)(AfpqHfQuantizer)
     wrap_upload()
     wrap_save()
+    wrap_part_configs()
     # Methods whose config may be given in addition to a saved one. There is no hook for it; the first 5.x have no list
     # either, and warn that they use the saved config.
     if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, out_of_memory
 from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_device_memory, available_memory
 from afpq.evaluation.perplexity import LOGITS_BATCH_TOKENS, Evaluation, evaluate, logits_of
@@ -96,8 +96,8 @@ def measure_card_text(
             model = load_model(result, trust_remote_code, str(device))
             figures = evaluate(model, sample.windows, reference, progress)
         return CardFigures(sample, math.exp(sum(losses) / len(losses)), figures)
-    except (AfpqError, RuntimeError, OverflowError) as error:  # RuntimeError: out of memory, among others
-        return " ".join(str(error).split())[:300]
+    except (AfpqError, RuntimeError, MemoryError, OverflowError) as error:
+        return " ".join(str(out_of_memory(error) or error).split())[:300]
 
 
 def _needed(plan: Plan, cuda: bool) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, named_lack_of_memory
 from afpq.jobs.tuned_values import TunedValues
 from afpq.model.tensor_part import TensorPart
 from afpq.progress import Progress
@@ -67,6 +67,7 @@ def kl(reference: Tensor, logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
+@named_lack_of_memory()
 def run_end_pass(
     model: nn.Module, original: nn.Module, windows: Tensor, steps: int, seed: int, vectors: dict[str, torch.dtype],
     progress: Progress | None = None,
@@ -75,7 +76,7 @@ def run_end_pass(
 
     Returns what to save: module -> its scale tensors, and name -> vector (both empty if nothing became better), and the
     figures. `vectors` maps parameters that may be tuned to the dtype they are saved in. Raises AfpqError for fewer than
-    two windows, and if the model's outputs are NaN or Inf.
+    two windows, if the model's outputs are NaN or Inf, and for a lack of memory.
     """
     if len(windows) < 2:
         raise AfpqError("the end pass needs 2 windows, one to tune on and one held out: more --samples or text")

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from afpq.model.blocks import replaced_forwards
+from afpq.model.embedding import AfpqTiedHead
 from afpq.model.linear import AfpqLinear
 from afpq.numerics.group_scales import GroupScales
 from afpq.numerics.groups import QuantizedWeight, decode
@@ -98,7 +99,8 @@ class TunedValues:
 
     def __init__(self, model: nn.Module, vectors: dict[str, torch.dtype]) -> None:
         self.model = model
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, AfpqLinear)}
+        modules = model.named_modules()  # not a tied head: the embedding, which stays as it is, reads the same scales
+        layers = {name: m for name, m in modules if isinstance(m, AfpqLinear) and not isinstance(m, AfpqTiedHead)}
         self.scales = {name: TunedScales(layer) for name, layer in layers.items()}
         parameters = dict(model.named_parameters())
         self.vectors = {

@@ -31,7 +31,7 @@ class Scheme:
     """
 
     format: Format
-    group_size: int = 128
+    group_size: int
     sym: bool = False
     scale_dtype: str = UNNAMED_SCALE_DTYPE
 
