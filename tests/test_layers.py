@@ -42,7 +42,7 @@ OF_MANY = {
 MISSING = {
     "algorithms.layer_problem",
     "commands.quantize",
-    "integrations.lora_merge",
+    
     "integrations.quantize_loaded",
     "jobs.chosen_overrides",
     "jobs.chosen_shares",
