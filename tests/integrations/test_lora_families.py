@@ -97,21 +97,6 @@ EXPERTS = ["Mixtral", "Qwen3-MoE", "gpt-oss"]
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_all_linear_adapts_every_quantized_linear_of_experts_too(family: str, tmp_path: Path) -> None:
-    random_model(FAMILIES[family]).save_pretrained(tmp_path / "float")
-    model = load(tmp_path / "float", family, quantization_config=AfpqConfig(format="nf3", group_size=16))
-    names = {name for name, module in model.named_modules() if isinstance(module, AfpqLinear)}
-    wrapped = adapted(model)
-    layers = {name.removeprefix("base_model.model.") for name, m in wrapped.named_modules() if hasattr(m, "lora_A")}
-    assert names and layers >= names
-    expected = outputs(wrapped)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    model = load(tmp_path / "float", family, quantization_config=AfpqConfig(format="nf3", group_size=16))
-    again = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    torch.testing.assert_close(outputs(again), expected)
-
-
-@pytest.mark.parametrize("family", EXPERTS)
 def test_experts_alone_are_merged_whole_or_not_at_all(family: str, tmp_path: Path) -> None:
     random_model(FAMILIES[family]).save_pretrained(tmp_path / "float")
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
 from afpq.errors import AfpqError
+from afpq.integrations.lora_experts import wrap_adapter_conversion
 from afpq.integrations.lora_merge import (
     MergeTarget,
     check_experts,
@@ -260,3 +261,4 @@ def _check_modules_to_save(config: Any, quantized: list[str]) -> None:
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = AfpqLoraModel
+wrap_adapter_conversion()
