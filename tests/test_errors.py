@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import afpq
 from afpq import AfpqError, CalibrationSettings, GptqOptions
-from afpq.cli import COMMANDS
+from afpq.commands.application import COMMANDS
 from afpq.commands.options import app
 from afpq.errors import counted, in_all
 from afpq.evaluation.benchmarks import TaskOptions

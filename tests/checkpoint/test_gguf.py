@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import afpq
 from afpq.checkpoint.info import model_info
 from afpq.checkpoint.reader import open_checkpoint
-from afpq.cli import app
+from afpq.commands.application import app
 from afpq.errors import AfpqError
 from afpq.evaluation.inspect_weights import inspect_model
 from afpq.evaluation.loading import load_model, load_tokenizer
