@@ -67,4 +67,5 @@ def _saved_names(model: PreTrainedModel) -> frozenset[str]:
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        return frozenset(named._from_config(config).state_dict())
+        saved = named._from_config(config)
+    return frozenset(saved.state_dict()) - set(getattr(saved, "all_tied_weights_keys", None) or ())  # not in its files
