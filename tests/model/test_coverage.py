@@ -41,7 +41,7 @@ def test_plan_info_and_card_name_what_is_left(tiny_model_dir: Path, tmp_path: Pa
 
 
 def test_a_whole_model_is_not_warned_of(tiny_model_dir: Path, tmp_path: Path) -> None:
-    assert quantize(tiny_model_dir, tmp_path / "out").left == {}
+    assert quantize(tiny_model_dir, tmp_path / "out").plan.left == {}
     assert model_info(tmp_path / "out").left == {}
     assert "not quantized" not in (tmp_path / "out" / CARD).read_text()
 

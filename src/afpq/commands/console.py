@@ -64,7 +64,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
             "warning: no AWQ fold points are known for this architecture: its channels were not scaled, only clipped",
             style="bold yellow",
         )
-    print_coverage(plan.coverage, plan.left)
+    print_coverage(plan.coverage, plan.left, plan.reasons)
 
 
 def print_choice(choice: Choice, plan: Plan) -> None:
@@ -85,9 +85,9 @@ def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
     return {"budget": {"bits_per_weight": choice.budget.bits_per_weight, "predicted_kl": choice.kl, "schemes": found}}
 
 
-def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
-    """Print a warning that names what was not quantized, if that is much."""
-    warning = coverage_warning(coverage, left)
+def print_coverage(coverage: float, left: Mapping[str, int], reasons: Mapping[str, str] | None = None) -> None:
+    """Print a warning that names what was not quantized, if that is much or could not be."""
+    warning = coverage_warning(coverage, left, reasons)
     if warning is not None:
         errors.print(f"warning: {warning}", style="bold yellow")
 
@@ -148,6 +148,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "input_bytes": plan.input_bytes,
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
         "kept": list(plan.kept),
+        "reasons": dict(plan.reasons),
     }
 
 

@@ -30,7 +30,7 @@ from afpq.checkpoint.reader import TensorInfo, tensor_headers
 from afpq.errors import AfpqError
 from afpq.integrations.hub import wrap_upload
 from afpq.integrations.quantize_loaded import QuantizeLoaded
-from afpq.model.blocks import find_blocks
+from afpq.model.blocks import find_blocks, in_blocks, left_linears
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
 from afpq.model.embedding import AfpqEmbedding
@@ -134,10 +134,14 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
         # A saved model lists every linear it kept; the blocks matter only for a new one.
         self.blocks = [block.name for block in find_blocks(model)]
-        places = [""] if self.pre_quantized else [f"{name}." for name in self.blocks]
+        blocks, left = set(self.blocks), left_linears(model)
+        none_fits = any(in_blocks(name, blocks) for name in left) and not any(
+            in_blocks(name, blocks) for name, _ in convertible(model)
+        )
+        places = None if self.pre_quantized else blocks
         pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         pack_ends(model, ends, recipe, kept, self.pre_quantized)
-        if not any(isinstance(module, PackedModule) for module in model.modules()):
+        if not any(isinstance(module, PackedModule) for module in model.modules()) and not none_fits:
             raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
         self.settled, self.ends, self.learned = recipe, ends, _unlearned(model)
         if self.pre_quantized and self.learned:
@@ -149,7 +153,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if checkpoint_files is not None:
                 check_headers(model, located)
         else:
-            rest = {name for name, _ in convertible(model)}
+            rest = {name for name, _ in convertible(model)} | left.keys()
             self.quantization_config.modules_to_not_convert = sorted(rest | set(kept))
             self.quantization_config.__dict__.update(ends_to_json(recipe))
 
