@@ -146,7 +146,7 @@ def finish_directory(job: Job, work: WorkDirectory, progress: Progress | None) -
         written = open_checkpoint(directory)
         check_tensors(written, plan.outputs(), work.digests)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
-        tested = check_reloaded(written, plan, job.model, trust)
+        tested = check_reloaded(written, plan, job.model, work.digests, trust)
         measured = _measured(job, directory, progress)
     model = job.name or str(plan.checkpoint.directory)
     write_card(work.path, Card(model, job.plan, notes, _calibration(job, ended), measured, tested, job.choice))

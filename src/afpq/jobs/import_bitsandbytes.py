@@ -105,7 +105,7 @@ def import_model(
         Path(out),
         _tensors(checkpoint, plan, weights),
         progress,
-        lambda written: check_reloaded(written, plan, skeleton, trust_remote_code),
+        lambda written, digests: check_reloaded(written, plan, skeleton, digests, trust_remote_code),
     )
     return replace(result, self_test=self_test)
 

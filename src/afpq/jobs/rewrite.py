@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ def rewrite(
     out: Path,
     tensors: Iterable[tuple[str, Tensor]],
     progress: Progress | None = None,
-    check: Callable[[Checkpoint], str] | None = None,
+    check: Callable[[Checkpoint, Mapping[str, str]], str] | None = None,
 ) -> str:
     """Write `tensors`, each of `job.outputs` once, into the new directory `out`; return the result of `check`.
 
-    `check` gets the finished checkpoint before it has its name. A run that is stopped leaves nothing. Raises AfpqError
+    `check` gets the finished checkpoint, before it has its name, and the tensors' digests. A run that is stopped leaves nothing. Raises AfpqError
     if `out` exists or cannot be written, and for a tensor that differs on the disk from the computed one.
     """
     digests: dict[str, str] = {}
@@ -63,6 +63,6 @@ def rewrite(
         with work.as_published(job.config) as directory:
             written = open_checkpoint(directory)
             check_tensors(written, job.outputs, digests)
-            verdict = "" if check is None else check(written)
+            verdict = "" if check is None else check(written, digests)
         write_json(work.path / "config.json", job.config)
     return verdict
