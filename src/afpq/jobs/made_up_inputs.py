@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 WINDOW_TOKENS = 16  # tokens
 SOUND = 8000  # samples of a wave
@@ -39,9 +39,9 @@ def made_up_inputs(model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for words, name, shape in other:
         if shape is not None:
             values = torch.randn(shape, generator=generator)
+            yield words, {name: values, **decoded}
             if text is not None and not decoded:
                 yield f"{text.shape[-1]} tokens and {words}", {"input_ids": text, name: values}
-            yield words, {name: values, **decoded}
 
 
 def _configs(config: Any) -> list[Any]:
@@ -62,12 +62,13 @@ def _tokens(model: Any, configs: list[Any]) -> Tensor | None:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         table = None
-    if isinstance(table, nn.Module) and isinstance(getattr(table, "num_embeddings", None), int):
-        sizes.append(int(table.num_embeddings))
+    entries = getattr(table, "num_embeddings", None)
+    if isinstance(entries, int):
+        sizes.append(entries)
     if not sizes:
         return None
-    rows = _value([model.config], "num_codebooks") or 1
-    return (torch.arange(WINDOW_TOKENS)[None] * 7919 % min(sizes)).expand(rows, -1)
+    streams = _value([model.config], "num_codebooks") or 1
+    return (torch.arange(WINDOW_TOKENS)[None] * 7919 % min(sizes)).expand(streams, -1)
 
 
 def _image_shape(configs: list[Any]) -> tuple[int, ...] | None:

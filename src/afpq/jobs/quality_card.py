@@ -208,7 +208,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib."""
+    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib or layers."""
+    if not notes:
+        return False
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -52,7 +52,7 @@ class UnitWeights:
     def stand_in(self, unit: str, name: str, shape: torch.Size, make: Callable[[], Tensor]) -> nn.Parameter:
         """Return a parameter that is decoded whenever it is used."""
         made = WeightStandIn(lambda: self.get(unit, name, make), shape, torch.float32, torch.device("cpu"))
-        made._is_param = True  # type: ignore[attr-defined]  # for torch it is a parameter
+        made._is_param = True  # for torch it is a parameter
         return made  # type: ignore[return-value]
 
 
@@ -87,7 +87,7 @@ def fill_reference(reference: PreTrainedModel, model: nn.Module, plan: Plan) -> 
                 found = None if form is None else _experts(weights, name, form, leaf, parameter.shape, units, loaded)
             if found is None:
                 raise AfpqError(f"{prefix}{leaf} is not in the loaded model")
-            module._parameters[leaf] = found  # type: ignore[assignment]
+            module._parameters[leaf] = found
         for leaf in module._buffers:
             module._buffers[leaf] = loaded.get(prefix + leaf, module._buffers[leaf])
     return weights

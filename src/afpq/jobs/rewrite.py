@@ -43,8 +43,9 @@ def rewrite(
 ) -> str:
     """Write `tensors`, each of `job.outputs` once, into the new directory `out`; return the result of `check`.
 
-    `check` gets the finished checkpoint, before it has its name, and the tensors' digests. A run that is stopped leaves nothing. Raises AfpqError
-    if `out` exists or cannot be written, and for a tensor that differs on the disk from the computed one.
+    `check` gets the finished checkpoint, before it has its name, and its tensors' digests. A run that is stopped
+    leaves nothing. Raises AfpqError if `out` exists or cannot be written, and for a tensor that differs on the disk
+    from the computed one.
     """
     digests: dict[str, str] = {}
     done = 0

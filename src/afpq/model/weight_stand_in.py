@@ -40,7 +40,7 @@ class WeightStandIn(Tensor):
         dtype: torch.dtype,
         device: torch.device,
     ) -> WeightStandIn:
-        made: WeightStandIn = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: WeightStandIn = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         made._decode = decode
         return made
 
@@ -55,7 +55,7 @@ class WeightStandIn(Tensor):
         return func(*_decoded(args), **_decoded(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         """Compute with the values, for code below Python that receives this tensor."""
