@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from afpq.checkpoint.quantized_layers import quantized_layers
+from afpq.checkpoint.quantized_layers import layers_and_rest
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.model.coverage import kinds_left
 from afpq.numerics.formats import repeated_codebook_bytes
@@ -69,7 +69,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     files = {info.file for info in checkpoint.tensors.values()}
     file_bytes = sum(file.stat().st_size for file in files)
     keys = checkpoint.config.get("quantization_config")
-    found = quantized_layers(checkpoint, trust_remote_code) if keys else []
+    found, in_block = layers_and_rest(checkpoint, trust_remote_code) if keys else ([], _in_block)
     parts = {name: checkpoint.tensors[name].bytes for layer in found for name in layer.tensors.values()}
     ends = tuple(layer.name for layer in found if layer.end)
     inside = [layer for layer in found if not layer.end] or found
@@ -82,7 +82,7 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
     again = repeated_codebook_bytes(layer.scheme.format for layer in inside)
     blocks = sum((layer.size for layer in inside), Size(-again, 0))
     covered = sum(layer.elements for layer in found if not layer.end)
-    left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and _in_block(n)}
+    left = {n: i.elements for n, i in plain.items() if len(i.shape) > 1 and in_block(n)}
     return ModelInfo(
         bits_per_weight=blocks.bits if found else every.bits,
         coverage=covered / (covered + sum(left.values())) if covered else 0.0,
@@ -98,5 +98,5 @@ def model_info(model: str | Path, trust_remote_code: bool = False) -> ModelInfo:
 
 
 def _in_block(name: str) -> bool:
-    """Whether a tensor's name contains an index, as those of repeated blocks do."""
+    """Whether a tensor's name contains an index, as those of repeated blocks do: for a model that is not built."""
     return any(part.isdigit() for part in name.split("."))

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from transformers import PreTrainedModel
 
 from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json
 from afpq.checkpoint.reader import Checkpoint
 from afpq.errors import AfpqError
-from afpq.model.blocks import TransposedLinear, is_linear
+from afpq.model.blocks import TransposedLinear, find_blocks, in_blocks, is_linear
 from afpq.model.embedding_and_head import saved_ends
 from afpq.model.experts import find_experts
 from afpq.model.skeleton import build_skeleton
@@ -48,6 +51,16 @@ class QuantizedLayer:
 def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[QuantizedLayer]:
     """Return the quantized linears and ends of a checkpoint, in the model's order: those that its config does not keep.
 
+    Raises AfpqError as `layers_and_rest` does.
+    """
+    return layers_and_rest(checkpoint, trust_remote_code)[0]
+
+
+def layers_and_rest(
+    checkpoint: Checkpoint, trust_remote_code: bool = False
+) -> tuple[list[QuantizedLayer], Callable[[str], bool]]:
+    """Return the quantized layers, and whether a tensor of the checkpoint, by its name, belongs to one of the blocks.
+
     Raises AfpqError for a checkpoint that is not quantized or by another tool, and for a tensor that is missing or has
     another dtype or shape than the config requires.
     """
@@ -78,4 +91,11 @@ def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
         }
         turned, in_one = isinstance(module, TransposedLinear), name.startswith(split)
         layers.append(QuantizedLayer(name, scheme, (rows, columns), tensors, name in chosen, turned, in_one))
-    return layers
+    return layers, _block_test(model, located)
+
+
+def _block_test(model: PreTrainedModel, located: TensorLookup) -> Callable[[str], bool]:
+    """Make the test whether a tensor belongs to a block; one that the model has under no name goes by its own."""
+    blocks = {block.name for block in find_blocks(model)}
+    names = {tensor: name for name in model.state_dict() if (tensor := located.find(name)) is not None}
+    return lambda tensor: in_blocks(names.get(tensor, tensor), blocks)

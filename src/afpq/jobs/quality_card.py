@@ -208,7 +208,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib or layers."""
+    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey.
+
+    Returns whether there is a picture: not without matplotlib, nor without layers.
+    """
     if not notes:
         return False
     try:
