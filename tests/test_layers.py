@@ -36,7 +36,8 @@ MAX_LINES = 350
 # Tests are found by the name of the file they are about; these are about more than one, or about none.
 OF_MANY = {
     "test_api", "test_bench_peers", "test_cli", "test_crossings", "test_disks", "test_docs", "test_families",
-    "test_fuzz", "test_layers", "test_learned", "test_lora_example", "test_mixtures", "test_reproduce_paper",
+    "test_fuzz", "test_layers", "test_learned", "test_lora_example", "test_mixtures", "test_other_models",
+    "test_reproduce_paper",
     "test_security", "kernels.test_csrc",
 }  # fmt: skip
 MISSING = {
