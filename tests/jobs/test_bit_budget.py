@@ -218,6 +218,13 @@ def test_a_file_that_lacks_something_is_named(chosen: tuple[Job, Path], tmp_path
         job(chosen[0].plan.checkpoint.directory, 3.5, tmp_path / "a.json")
 
 
+def test_a_pattern_of_blocks_that_are_linears_matches_them() -> None:
+    names, blocks = ["model.side.0", "model.layers.1.q"], [f"model.{p}.{i}" for p in ("side", "layers") for i in (0, 1)]
+    pattern = pattern_of(names, blocks, "model.")
+    seen = [*names, "model.side.1", "model.layers.0.q", "model.side.0.q", "side.0", "model.side.00"]
+    assert [name for name in seen if re.search(pattern, name)] == [*names, "side.0"]
+
+
 NUMBERS = st.lists(st.integers(0, 12), min_size=1, max_size=4, unique=True)
 
 
