@@ -223,11 +223,15 @@ FAMILIES: dict[str, Family] = {
 HEAD = """# Models
 
 Blocks and their linears are found by walking the model, so a family that is not listed is likely to work too: `afpq
-quantize MODEL OUT --dry-run` tells what would be quantized, and names what would not. This table is made of what
-`tests/test_families.py` holds to be true (`python tests/families.py`): a small random model of each family is quantized
-by each method, loaded, compared with the float model of the same weights unpacked, and generates; saved by
-`save_pretrained` and loaded again it gives the same bits; it loads in bfloat16; quantized while it is loaded, it is
-the same as quantized before. Encoders are loaded and compared, but have no perplexity.
+quantize MODEL OUT --dry-run` tells what would be quantized, and names what would not. A linear of a class with a
+forward of its own (a router that returns two tensors, a scaled linear of trusted code) stays as it is, and is named with
+that reason. Models of images and sound (ViT, CLIP, SigLIP, Whisper, wav2vec2, MusicGen) are rounded to nearest;
+methods that need text refuse them.
+
+This table is made of what `tests/test_families.py` holds to be true (`python tests/families.py`): a small random model
+of each family is quantized by each method, loaded, compared with the float model of the same weights unpacked, and
+generates; saved by `save_pretrained` and loaded again it gives the same bits; it loads in bfloat16; quantized while it
+is loaded, it is the same as quantized before. Encoders are loaded and compared, but have no perplexity.
 
 *rtn, gptq, awq*: `--method`. For awq the number of places in the model's two blocks where channel scales can be moved
 into a norm or another linear; where there are none, weights are only clipped. *On load*:

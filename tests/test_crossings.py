@@ -226,10 +226,7 @@ def test_an_encoder_decoder_is_refused_what_reads_text(options: Any, original: M
     assert list(tmp_path.iterdir()) == []
 
 
-DECODED = (AssertionError, "T5 reads `weight`, which decodes the whole matrix each time")
-
-
-@pytest.mark.parametrize("kind", broken(list(KINDS), {"encoder-decoder": DECODED}))
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_weight_is_decoded_in_a_forward(kind: str, quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, decoded = load(quantized(kind)), []
     dequantize = AfpqLinear.dequantize

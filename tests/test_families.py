@@ -25,7 +25,7 @@ from afpq.checkpoint.info import model_info
 from afpq.checkpoint.plan import Plan
 from afpq.checkpoint.reader import WEIGHTS
 from afpq.evaluation.loading import generates, load_model
-from afpq.model.blocks import find_blocks
+from afpq.model.blocks import find_blocks, in_blocks
 from afpq.numerics.packing import from_tensors, layout
 
 SCHEME = "nf4-asym-g32-log8"
@@ -138,10 +138,10 @@ def fuse_again(tensors: dict[str, Tensor], source: dict[str, Tensor]) -> None:
 
 def coverage_of(model: nn.Module, float_model: nn.Module) -> float:
     """Percent of the blocks' weights, counted in a loaded model."""
-    places = tuple(f"{block.name}." for block in find_blocks(float_model))
-    layers = [m for name, m in model.named_modules() if isinstance(m, AfpqLinear) and name.startswith(places)]
+    places = {block.name for block in find_blocks(float_model)}
+    layers = [m for name, m in model.named_modules() if isinstance(m, AfpqLinear) and in_blocks(name, places)]
     quantized = sum(layer.in_features * layer.out_features for layer in layers)
-    left = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and name.startswith(places))
+    left = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and in_blocks(name, places))
     return 100 * quantized / (quantized + left)
 
 
@@ -163,8 +163,11 @@ Rounded = Callable[[str], tuple[Plan, Path]]
 
 
 @pytest.mark.parametrize("name", cases())
-def test_rounded_to_nearest(name: str, rounded: Rounded, tmp_path: Path) -> None:
-    """It computes what its files say, is near the original, and `info` and a model quantized on loading agree."""
+def test_rounded_to_nearest(name: str, rounded: Rounded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes what its files say, is near the original, and `info` and a model quantized on loading agree.
+
+    No forward decodes a whole weight, but for the linears that a model multiplies by itself.
+    """
     family, (plan, out) = FAMILIES[name], rounded(name)
     source = plan.checkpoint.directory
     model, float_model = check(plan, out, tmp_path / "unpacked", family)
@@ -178,7 +181,37 @@ def test_rounded_to_nearest(name: str, rounded: Rounded, tmp_path: Path) -> None
     assert info.coverage == pytest.approx(plan.coverage) and len(info.layers) == len(plan.targets)
     on_load = plain(source, family, quantization_config=AfpqConfig(**KEYS))
     assert coverage_of(on_load, float_model) == pytest.approx(100 * plan.coverage)
-    assert torch.equal(run(on_load), run(model))
+    assert packed(on_load) == packed(model) == {target.module for target in plan.targets}
+    assert sorted(on_load.config.quantization_config.modules_to_not_convert) == sorted(plan.kept)
+    with monkeypatch.context() as counting:
+        decoded = count_decoded(counting)
+        found = run(model)
+    assert {name for name, m in model.named_modules() if m in decoded} == {n for n in packed(model) if reads(name, n)}
+    assert torch.equal(run(on_load), found)
+
+
+MULTIPLIED = {"Mamba": ".dt_proj"}  # linears whose weight the model itself multiplies by
+
+
+def reads(family: str, linear: str) -> bool:
+    return family in MULTIPLIED and linear.endswith(MULTIPLIED[family])
+
+
+def packed(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, AfpqLinear)}
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Return a list that gets each layer whose whole weight is decoded from now on."""
+    decoded: list[nn.Module] = []
+    dequantize = AfpqLinear.dequantize
+
+    def counted(layer: AfpqLinear, dtype: torch.dtype = torch.float32) -> Tensor:
+        decoded.append(layer)
+        return dequantize(layer, dtype)
+
+    monkeypatch.setattr(AfpqLinear, "dequantize", counted)
+    return decoded
 
 
 @pytest.mark.parametrize("name", cases())

@@ -34,6 +34,13 @@ def test_a_pattern_matches_its_layers_and_no_others(parts: dict[str, list[int]])
                 assert (re.search(pattern, seen) is not None) == (name in names), (pattern, seen)
 
 
+def test_a_pattern_of_blocks_that_are_linears_matches_them() -> None:
+    names, blocks = ["model.side.0", "model.layers.1.q"], [f"model.{p}.{i}" for p in ("side", "layers") for i in (0, 1)]
+    pattern = pattern_of(names, blocks, "model.")
+    seen = [*names, "model.side.1", "model.layers.0.q", "model.side.0.q", "side.0", "model.side.00"]
+    assert [name for name in seen if re.search(pattern, name)] == [*names, "side.0"]
+
+
 def test_the_scheme_of_most_weights_is_the_recipes_own(chosen: tuple[Job, Path]) -> None:
     job, _ = chosen
     groups = [GroupLosses((target.module,), (0.0,)) for target in job.plan.block_targets]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +42,8 @@ def test_the_result_is_the_tensors_the_config_the_card_and_the_companions(job: R
 
 
 def test_a_check_reads_the_finished_checkpoint_before_it_has_its_name(job: Rewrite, tmp_path: Path) -> None:
-    def check(written: Checkpoint) -> str:
+    def check(written: Checkpoint, digests: Mapping[str, str]) -> str:
+        assert set(digests) == set(TENSORS)
         assert written.config["made"] == "anew" and torch.equal(written.read("b"), TENSORS["b"])
         assert not (tmp_path / "out").exists()
         return "right"
@@ -56,7 +57,7 @@ def failing() -> Iterator[tuple[str, Tensor]]:
     raise AfpqError("the source is damaged")
 
 
-def refuse(_written: Checkpoint) -> str:
+def refuse(*_: object) -> str:
     raise AfpqError("wrong logits")
 
 

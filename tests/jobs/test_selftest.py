@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 import afpq
 from afpq import AfpqError, Recipe, parse_scheme, quantize
 from afpq.checkpoint.plan import Plan
-from afpq.checkpoint.reader import CARD, WEIGHTS, open_checkpoint
+from afpq.checkpoint.reader import CARD, WEIGHTS, Checkpoint, open_checkpoint
 from afpq.checkpoint.verify import check_tensors, digest
 from afpq.checkpoint.writer import ShardWriter
+from afpq.evaluation.loading import load_model
 from afpq.jobs.prepare import prepare
 from afpq.jobs.selftest import check_reloaded
 from afpq.kernels import set_compute
@@ -48,7 +50,7 @@ def skeleton(model: Path) -> Any:
 def test_what_is_right_passes(out: Path, plan: Plan, tiny_model_dir: Path) -> None:
     written = open_checkpoint(out)
     check_tensors(written, plan.outputs(), digests_of(out))
-    assert "gave the logits" in check_reloaded(written, plan, skeleton(tiny_model_dir))
+    assert "gave the logits" in check_reloaded(written, plan, skeleton(tiny_model_dir), digests_of(out))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_a_config_that_tells_another_story(
     config["quantization_config"] |= keys
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(AfpqError, match=word):
-        check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir))
+        check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir), digests_of(out))
 
 
 def test_a_kernel_that_is_wrong_is_caught(
@@ -75,7 +77,7 @@ def test_a_kernel_that_is_wrong_is_caught(
     wrong = lambda self, x: right(self, x) * (1.01 if self.in_features == 96 else 1)  # noqa: E731
     monkeypatch.setattr(AfpqLinear, "forward", wrong)
     with pytest.raises(AfpqError, match=r"down_proj\.weight: the loaded layer's outputs differ"):
-        check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir))
+        check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir), digests_of(out))
 
 
 def test_a_model_that_cannot_run_here_is_told_not_refused(
@@ -85,15 +87,16 @@ def test_a_model_that_cannot_run_here_is_told_not_refused(
         raise RuntimeError("needs a GPU")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.forward", broken)
-    assert "cannot run on this machine (RuntimeError: needs a GPU)" in check_reloaded(
-        open_checkpoint(out), plan, skeleton(tiny_model_dir)
-    )
+    said = check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir), digests_of(out))
+    assert "not compared" in said and "RuntimeError: needs a GPU" in said and "machine" not in said
 
 
 def test_the_chosen_arithmetic_is_kept(out: Path, plan: Plan, tiny_model_dir: Path) -> None:
     set_compute("int8")
     try:
-        assert "gave the logits" in check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir))
+        assert "gave the logits" in check_reloaded(
+            open_checkpoint(out), plan, skeleton(tiny_model_dir), digests_of(out)
+        )
     finally:
         assert set_compute("exact") == "int8"
 
@@ -161,4 +164,49 @@ def test_what_does_not_load_keeps_its_weights_for_another_try(
     assert not list(tmp_path.rglob("config.json"))
     units: list[str] = []
     afpq.quantize(tiny_model_dir, tmp_path / "out", progress=lambda unit, *_: units.append(unit))
+    assert units == [] and (tmp_path / "out" / "config.json").exists()
+
+
+def test_every_tensor_is_read_once(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded is compared with the checksums there are, and not with another reading of the files."""
+    reads: Counter[str] = Counter()
+    read = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str, *rest: Any) -> Tensor:
+        if self.directory != tiny_model_dir:
+            reads[name] += 1
+        return read(self, name, *rest)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    outcome = quantize(tiny_model_dir, tmp_path / "out", SCHEME)
+    assert "gave the logits" in outcome.tested
+    assert reads == dict.fromkeys(open_checkpoint(tmp_path / "out").tensors, 1)
+
+
+def test_a_tensor_that_changes_while_it_is_loaded(
+    out: Path, plan: Plan, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        model.model.norm.weight.data[3] += 1
+        return model
+
+    monkeypatch.setattr("afpq.jobs.selftest.load_model", changed)
+    with pytest.raises(AfpqError, match=r"tensor model\.norm\.weight is not in the loaded model"):
+        check_reloaded(open_checkpoint(out), plan, skeleton(tiny_model_dir), digests_of(out))
+
+
+def test_a_result_that_fails_where_the_original_runs_is_refused_and_kept(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(layer: AfpqLinear, _x: Tensor) -> Tensor:
+        raise TypeError(f"no {layer.in_features}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AfpqLinear, "forward", failing)
+        with pytest.raises(AfpqError, match=r"self-test: .*cannot run.*TypeError: no 64"):
+            quantize(tiny_model_dir, tmp_path / "out", SCHEME)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    units: list[str] = []
+    quantize(tiny_model_dir, tmp_path / "out", SCHEME, progress=lambda unit, *_: units.append(unit))
     assert units == [] and (tmp_path / "out" / "config.json").exists()

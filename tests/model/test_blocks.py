@@ -4,12 +4,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
-from afpq.model.blocks import find_blocks, find_linears, replace_module, replaced_forwards
+from afpq.model.blocks import (
+    HARMLESS,
+    TransposedLinear,
+    conv1d_linears,
+    find_blocks,
+    find_linears,
+    in_blocks,
+    is_linear,
+    left_linears,
+    replace_module,
+    replaced_forwards,
+    why_left,
+)
 
 
 class Layer(nn.Module):
@@ -137,3 +152,112 @@ def test_forwards_come_back_after_an_error_half_way() -> None:
     with pytest.raises(ValueError, match="half way"), replaced_forwards(list(enumerate(layers)), make):
         pass
     assert all("forward" not in vars(layer) for layer in layers)
+
+
+# ---- which linears can be replaced
+
+
+class Plain(nn.Linear):
+    """A subclass without a forward of its own, as torch has several."""
+
+
+class Scaled(nn.Linear):
+    """A linear that does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Called(nn.Linear):
+    """A linear that does more around its forward."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1  # type: ignore[no-any-return]
+
+
+class OddConv1D(Conv1D):
+    """A transposed linear that does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1  # type: ignore[no-any-return]
+
+
+def patched(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda _module, _inputs, output: output + 1)
+    return layer
+
+
+def on_a_device(layer: nn.Module) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())  # type: ignore[no-any-return]
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "linear": (lambda: nn.Linear(3, 4), None),
+    "transposed linear": (lambda: TransposedLinear(3, 4), None),
+    "subclass without forward": (lambda: Plain(3, 4), None),
+    "torch's own": (lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(3, 4), None),
+    "Conv1D": (lambda: Conv1D(4, 3), None),
+    "on a device of accelerate": (lambda: on_a_device(nn.Linear(3, 4)), None),
+    "no linear": (lambda: nn.LayerNorm(3), None),
+    "scaled": (lambda: Scaled(3, 4), "Scaled has a forward of its own"),
+    "scaled, on a device": (lambda: on_a_device(Scaled(3, 4)), "Scaled has a forward of its own"),
+    "called": (lambda: Called(3, 4), "Called has a forward of its own"),
+    "patched": (lambda: patched(nn.Linear(3, 4)), "Linear has a forward of its own"),
+    "odd Conv1D": (lambda: OddConv1D(4, 3), "OddConv1D has a forward of its own"),
+    "hooked": (lambda: hooked(nn.Linear(3, 4)), "Linear has hooks"),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "ParametrizedLinear computes its weight"),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_only_what_computes_as_its_class_can_be_replaced(kind: str) -> None:
+    make, reason = LEFT[kind]
+    layer = make()
+    assert why_left(layer) == reason
+    assert is_linear(layer) == (reason is None and isinstance(layer, nn.Linear))
+    assert left_linears(nn.Sequential(nn.ReLU(), layer)) == ({} if reason is None else {"1": reason})
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(layer, nn.Linear(4, 4))])
+    assert [block.name for block in find_blocks(model)] == ["layers.0"]
+    fits = reason is None and isinstance(layer, nn.Linear)
+    assert [name for name, _ in find_linears(model)] == ["layers.0.0"] * fits + ["layers.0.1"]
+    assert len(conv1d_linears(model)) == (kind == "Conv1D")
+
+
+@pytest.mark.parametrize("place", sorted(HARMLESS))
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_that_is_called_harmless_is_that_of_a_linear(place: str, bias: bool) -> None:
+    module, cls, _ = place.rsplit(".", 2)
+    layer, plain = getattr(import_module(module), cls)(7, 5, bias=bias), nn.Linear(7, 5, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 7)
+    torch.testing.assert_close(layer(x), plain(x))
+    assert is_linear(layer)
+
+
+def test_heads_that_a_model_declares_are_no_blocks() -> None:
+    class Music(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer()])
+            self.lm_heads = nn.ModuleList([nn.Linear(4, 8), nn.Linear(4, 8)])
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_heads
+
+    assert [block.name for block in find_blocks(Music())] == ["layers.0"]
+    outer = nn.Module()
+    outer.decoder = Music()
+    assert [block.name for block in find_blocks(outer)] == ["decoder.layers.0"]
+
+
+def test_what_is_in_a_block_is_found_by_whole_names() -> None:
+    blocks = {"layers.1", "heads.0"}
+    assert all(in_blocks(name, blocks) for name in ("layers.1", "layers.1.mlp.weight", "heads.0", "heads.0.bias"))
+    assert not any(in_blocks(name, blocks) for name in ("layers.10", "layers", "model.layers.1", "heads.01.x", ""))

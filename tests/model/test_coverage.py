@@ -32,6 +32,14 @@ def test_a_warning_names_the_largest_and_counts_them_all() -> None:
     assert "layers.*.xxxxxxxxx (9)" in warning and warning.endswith("and 3 more")
 
 
+def test_what_cannot_be_quantized_is_named_with_its_reason_however_small() -> None:
+    reasons = {f"layers.{i}.router": "Router has a forward of its own" for i in range(3)}
+    text = "layers.*.router (Router has a forward of its own)"
+    assert coverage_warning(1.0, {}, reasons) == f"not quantized: {text}"
+    warning = coverage_warning(0.5, {"layers.0.a": 5}, reasons)
+    assert warning is not None and "50.0 %" in warning and warning.endswith(text)
+
+
 def test_plan_info_and_card_name_what_is_left(tiny_model_dir: Path, tmp_path: Path) -> None:
     plan = quantize(tiny_model_dir, tmp_path / "out", skip=("mlp",)).plan
     assert sum(plan.left.values()) == 2 * 3 * 96 * 64 and len(plan.left) == 6

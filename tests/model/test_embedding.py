@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from afpq import AfpqError, parse_scheme
 from afpq.algorithms import quantize_rtn
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
+from afpq.model.embedding_and_head import scales_its_rows
 from afpq.numerics.packing import codes_at, pack
 
 SCHEMES = [
@@ -36,6 +38,63 @@ class Scaled(nn.Embedding):
 class Shifted(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) + 1
+
+
+class Moved(nn.Embedding):
+    """Looks up other rows, as tables of positions do: in a table of one row there are none."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward((ids + 2) % self.num_embeddings)
+
+
+class Normed(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+class Padded(nn.Embedding):
+    """Has zeros for a token, whatever its row holds."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * (ids != 0)[..., None]
+
+
+class Positioned(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.arange(1, ids.shape[-1] + 1)[:, None]
+
+
+class Adapted(nn.Embedding):
+    """Needs a parameter of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.more = nn.Parameter(torch.ones(sizes[1]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.more
+
+
+def patched(*sizes: int) -> nn.Embedding:
+    lookup = nn.Embedding(*sizes)
+    lookup.forward = lambda ids: nn.functional.embedding(ids, lookup.weight) + 1  # type: ignore[method-assign]
+    return lookup
+
+
+@pytest.mark.parametrize("make", [Shifted, Moved, Normed, Padded, Positioned, Adapted, patched])
+def test_an_embedding_that_does_more_than_scale_rows_is_found(make: Callable[..., nn.Embedding]) -> None:
+    assert not scales_its_rows(make(20, 8))
+
+
+def test_an_embedding_that_changes_its_table_is_found() -> None:
+    assert not scales_its_rows(nn.Embedding(20, 8, max_norm=1.0))
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, Scaled, type("Plain", (nn.Embedding,), {})])
+def test_an_embedding_that_scales_its_rows_passes(make: Callable[..., nn.Embedding]) -> None:
+    lookup = make(200_000, 8)
+    before = lookup.weight.clone()
+    assert scales_its_rows(lookup) and torch.equal(lookup.weight, before)
 
 
 def packed(scheme: str, lookup: nn.Embedding) -> AfpqEmbedding:

@@ -37,7 +37,7 @@ SCHEME = parse_scheme("nf3-asym-g32")
 
 def swapped(model: Any, packed: bool = True, skip: str = "nothing") -> Any:
     """The model with packed modules in place of the matrices of its blocks, but for names that hold `skip`."""
-    places = [f"{block.name}." for block in find_blocks(model)]
+    places = {block.name for block in find_blocks(model)}
     leaves = TensorNames(model).leaves()
     pack_matrices(model, places, lambda name: None if skip in name else SCHEME, leaves, packed)
     return model

@@ -15,7 +15,7 @@ from afpq.checkpoint.plan import HEAD, OUTSIDE, KeptPart, Plan, PlanUnit, Target
 from afpq.checkpoint.reader import FLOATS, Checkpoint
 from afpq.checkpoint.wrappers import hint, unwrap
 from afpq.errors import AfpqError, in_all
-from afpq.model.blocks import TransposedLinear, find_blocks, find_linears
+from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, in_blocks, is_linear, left_linears
 from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe
 from afpq.model.experts import AfpqExperts, all_or_none, find_experts
 from afpq.model.patterns import check_patterns
@@ -47,7 +47,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     left = _left_experts(experts, recipe)
     routed = tuple(f"{name}." for name in experts)
     targets: list[Target] = []
-    kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    reasons = left_linears(model)
+    kept = {name for name, module in model.named_modules() if is_linear(module)} | reasons.keys()
     for module, linear in linears:
         scheme, source = recipe.scheme_for(module), names.get(f"{module}.weight")
         if scheme is not None and source is not None:
@@ -57,14 +58,16 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     ends_found, head = _end_targets(checkpoint, model, located, ends, recipe)
     targets += ends_found
     kept -= ends.schemes(recipe).keys()
-    if not targets:
+    inside = {block.name for block in find_blocks(model)}
+    reasons = {name: reason for name, reason in reasons.items() if in_blocks(name, inside)}
+    if not targets and (linears or not reasons):
         why = "left to quantize; see --skip" if recipe.skip else f"in blocks of {type(model).__name__}"
         raise AfpqError(f"{checkpoint.directory}: no linear layer {why}")
     _check_names(checkpoint, targets)
     kept = {next((e for e in left if name.startswith(f"{e}.")), name) for name in kept}
     units = _units(checkpoint, model, names, targets, head)
     unused = _unused(checkpoint, model, located, names)
-    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends, unused, wrapper)
+    return Plan(checkpoint, recipe, units, tuple(sorted(kept)), names, ends, unused, wrapper, reasons)
 
 
 def _unused(

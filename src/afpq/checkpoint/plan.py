@@ -8,7 +8,7 @@ files out beforehand, and sizes are available without a run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -105,6 +105,7 @@ class Plan:
     ends: EmbeddingAndHead = NO_ENDS
     unused: tuple[str, ...] = ()  # the checkpoint's tensors that the architecture does not have
     wrapper: str = ""  # what a wrapper of the model put into the names of the files' tensors
+    reasons: Mapping[str, str] = field(default_factory=dict)  # the blocks' linears that cannot be quantized -> why
 
     @property
     def targets(self) -> list[Target]:
@@ -153,8 +154,10 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of a quantized weight of the blocks, or of the ends if no block has one."""
+        """True bits of a quantized weight of the blocks, or of the ends if no block has one; 0 for none at all."""
         targets = self.block_targets or self.targets
+        if not targets:
+            return 0.0
         packed = sum(t.bytes for t in targets) - repeated_codebook_bytes(t.scheme.format for t in targets)
         return Size(packed, sum(t.elements for t in targets)).bits
 

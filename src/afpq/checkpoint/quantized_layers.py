@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from afpq.checkpoint.locate import TensorLookup
 from afpq.checkpoint.quantization_config import QUANT_METHOD, config_from_json
 from afpq.checkpoint.reader import Checkpoint
 from afpq.checkpoint.saved_modules import SavedModules
 from afpq.errors import AfpqError
-from afpq.model.blocks import TransposedLinear
+from afpq.model.blocks import TransposedLinear, is_linear
 from afpq.model.embedding_and_head import saved_ends
 from afpq.model.experts import find_experts
 from afpq.model.skeleton import build_skeleton
@@ -72,7 +70,7 @@ def quantized_layers(checkpoint: Checkpoint, trust_remote_code: bool = False) ->
     for name, module in model.named_modules():
         if ends.tied and name == ends.head and name in chosen:
             continue  # its table is the embedding's
-        scheme = chosen.get(name) or (recipe.scheme_for(name) if isinstance(module, nn.Linear) else None)
+        scheme = chosen.get(name) or (recipe.scheme_for(name) if is_linear(module) else None)
         if scheme is None or is_kept(name, kept) or not held.is_packed(name, scheme):
             continue
         if scheme.format.learned:

@@ -50,7 +50,7 @@ def print_plan(job: Job, verb: str, out: Path) -> None:
     channels = METHODS[plan.recipe.method].scales_channels
     if channels and not any(folds_of(b.module) for b in find_blocks(job.model)):
         warn("no AWQ fold points are known for this architecture: its channels were not scaled, only clipped")
-    print_coverage(plan.coverage, plan.left)
+    print_coverage(plan.coverage, plan.left, plan.reasons)
 
 
 def print_left(job: Job) -> None:
@@ -93,9 +93,9 @@ def choice_json(choice: Choice | None, plan: Plan) -> dict[str, Any]:
     return {"budget": {"bits_per_weight": choice.budget.bits_per_weight, "predicted_kl": choice.kl, "schemes": found}}
 
 
-def print_coverage(coverage: float, left: Mapping[str, int]) -> None:
-    """Print a warning that names what was not quantized, if that is much."""
-    warning = coverage_warning(coverage, left)
+def print_coverage(coverage: float, left: Mapping[str, int], reasons: Mapping[str, str] | None = None) -> None:
+    """Print a warning that names what was not quantized, if that is much or could not be."""
+    warning = coverage_warning(coverage, left, reasons)
     if warning is not None:
         warn(warning)
 
@@ -161,4 +161,5 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "layers": [{"name": t.module, "scheme": str(t.scheme), "shape": list(t.shape)} for t in plan.targets],
         "kept": list(plan.kept),
         "unused": list(plan.unused),
+        "reasons": dict(plan.reasons),
     }

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
+from afpq.algorithms.methods import NEAREST
 from afpq.checkpoint.quantization_config import QUANT_METHOD
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.checkpoint.wrappers import unwrap, wrapper_of
@@ -21,6 +22,7 @@ from afpq.errors import AfpqError, in_all
 from afpq.evaluation.decoded_weights import decoded_weights
 from afpq.evaluation.devices import find_device
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
+from afpq.model.blocks import end
 from afpq.model.skeleton import build_skeleton, model_class, read_config
 
 T = TypeVar("T")
@@ -81,11 +83,27 @@ def require_next_token(model: Any) -> None:
 
     The perplexity of its logits, if it has any, would be meaningless.
     """
-    if not generates(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if not generates(model) or getattr(config, "is_encoder_decoder", False) or _streams(config) > 1:
         raise AfpqError(
             f"{type(model).__name__} does not predict the next token of the text it reads; "
             "perplexity and KL are for models that do"
         )
+
+
+def require_text(model: Any, user: str) -> None:
+    """Raise AfpqError for a model that reads no text, of images or sound; `user` is what needs text, in words."""
+    if not isinstance(end(model, "get_input_embeddings"), nn.Embedding) or _streams(model.config) > 1:
+        raise AfpqError(
+            f"{type(model).__name__} does not read text, which {user} needs; use --method {NEAREST}, without options "
+            "that need text"
+        )
+
+
+def _streams(config: Any) -> int:
+    """Return how many streams of tokens a model of sound reads at once; 1 for text."""
+    streams = getattr(config, "num_codebooks", None)
+    return streams if isinstance(streams, int) else 1
 
 
 def generates(model: Any) -> bool:

@@ -36,7 +36,7 @@ from afpq.integrations.hub import wrap_upload
 from afpq.integrations.missing_tensors import absent_tensors, check_missing
 from afpq.integrations.part_configs import wrap_part_configs
 from afpq.integrations.quantize_loaded import QuantizeLoaded
-from afpq.model.blocks import find_blocks
+from afpq.model.blocks import find_blocks, in_blocks, left_linears
 from afpq.model.coverage import warn_of_left
 from afpq.model.dequantize import unpack_model
 from afpq.model.embedding import AfpqEmbedding
@@ -163,15 +163,19 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return scheme if scheme is None or held is None or held.is_packed(name, scheme) else None
 
         # A saved model lists every linear it kept; the blocks matter only for a new one.
-        places = [""] if self.pre_quantized else [f"{block.name}." for block in find_blocks(model)]
+        blocks, left = {block.name for block in find_blocks(model)}, left_linears(model)
+        none_fits = any(in_blocks(name, blocks) for name in left) and not any(
+            in_blocks(name, blocks) for name, _ in convertible(model)
+        )
+        places = None if self.pre_quantized else blocks
         if not self.pre_quantized:
-            names = {name: saved_name(name, located) for name in linear_names(model, places)}
+            names = {name: saved_name(name, located) for name in linear_names(model, blocks)}
             others = [saved_name(name.rpartition(".")[0], located) + ".weight" for name in model.state_dict()]
             check_patterns(recipe, list(names.values()), others)
             check_entries(kept, list(names.values()), others)
         pack_matrices(model, places, scheme_of, located.names.leaves(), self.pre_quantized)
         pack_ends(model, ends, recipe, kept, self.pre_quantized)
-        if not any(isinstance(module, PackedModule) for module in model.modules()):
+        if not any(isinstance(module, PackedModule) for module in model.modules()) and not none_fits:
             if held is None:
                 raise AfpqError("no linear layer left to quantize; see modules_to_not_convert and dynamic")
             held.check_nothing_packed([name for name, m in convertible(model) if expert_form(m) is None])
@@ -185,7 +189,7 @@ class AfpqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             check_headers(model, located)
             self.absent = absent_tensors(model, located)
             self.base_renaming = located.base_renaming()
-        rest = {name for name, _ in convertible(model)}
+        rest = {name for name, _ in convertible(model)} | left.keys()
         if self.pre_quantized:  # those of another class than the saved one, or with a float weight after all
             rest = {name for name in rest if not is_kept(saved_name(name, located), kept)}
         self._note(recipe, rest | set(kept))

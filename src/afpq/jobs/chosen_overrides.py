@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from afpq.calibration.sensitivity import kind_of_layer
 from afpq.checkpoint.plan import Plan
 from afpq.jobs.bit_budget import Choice
-from afpq.model.blocks import find_blocks
+from afpq.model.blocks import find_blocks, in_blocks
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe
 
@@ -43,9 +43,9 @@ def pattern_of(names: Sequence[str], blocks: Sequence[str], start: str = "") -> 
     """
     found: dict[tuple[str, str], list[str]] = {}  # (list of blocks, linear inside) -> numbers
     for name in names:
-        block = next(block for block in blocks if name.startswith(f"{block}."))
+        block = next(block for block in blocks if in_blocks(name, {block}))
         place, _, number = block.rpartition(".")
-        found.setdefault((place, name.removeprefix(f"{block}.")), []).append(number)
+        found.setdefault((place, name.removeprefix(block).removeprefix(".")), []).append(number)
     merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (place, linear), numbers in found.items():
         merged.setdefault((place, tuple(numbers)), []).append(linear)
@@ -54,7 +54,8 @@ def pattern_of(names: Sequence[str], blocks: Sequence[str], start: str = "") -> 
         optional = f"(?:{re.escape(start)})?" if start and place.startswith(start) else ""
         head = optional + re.escape(place.removeprefix(start) if optional else place)
         inside = [re.escape(linear).replace(r"\*", r"\d+") for linear in linears]
-        parts.append(rf"{head}\.{_any(numbers_of)}\.{_any(inside)}")
+        leaf = "" if linears == [""] else rf"\.{_any(inside)}"  # "": the block is itself a linear
+        parts.append(rf"{head}\.{_any(numbers_of)}{leaf}")
     return f"^{_any(parts)}$"
 
 

@@ -148,7 +148,7 @@ def finish_directory(job: Job, work: WorkDirectory, progress: Progress | None) -
         check_tensors(written, plan.outputs(), work.digests)
         write_checksums(work.path, plan.outputs(), work.digests, config)
         work.keep = True  # the weights are right: whatever is wrong now, they need not be computed again
-        tested = work.public(check_reloaded(written, plan, job.model, trust), directory)
+        tested = work.public(check_reloaded(written, plan, job.model, work.digests, trust), directory)
         measured = _measured(job, directory, progress)
         measured = work.public(measured, directory) if isinstance(measured, str) else measured
     model = job.name or str(plan.checkpoint.directory)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from afpq.checkpoint.card_header import LOAD
@@ -27,7 +27,7 @@ from afpq.jobs.conversion_card import Provenance, provenance_card
 from afpq.jobs.finite_values import check_kept
 from afpq.jobs.rewrite import Rewrite, rewrite
 from afpq.jobs.selftest import check_reloaded
-from afpq.model.blocks import TransposedLinear
+from afpq.model.blocks import TransposedLinear, is_linear, left_linears
 from afpq.model.skeleton import build_skeleton
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.packing import to_tensors
@@ -108,7 +108,7 @@ def import_model(
         Path(out),
         _tensors(checkpoint, plan, weights),
         progress,
-        lambda written: check_reloaded(written, plan, skeleton, trust_remote_code),
+        lambda written, digests: check_reloaded(written, plan, skeleton, digests, trust_remote_code),
     )
     return replace(result, self_test=self_test)
 
@@ -140,7 +140,7 @@ def _plan(
 ) -> Plan:
     """Make a plan as for the float model, in which exactly the packed linears are targets."""
     plain = _as_floats(checkpoint, weights)
-    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in skeleton.named_modules() if is_linear(module)}
     located = TensorLookup(plain.tensors, skeleton)
     tensors = {
         name: located.find(f"{name}.weight") for name, m in linears.items() if not isinstance(m, TransposedLinear)
@@ -148,7 +148,8 @@ def _plan(
     packed = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor in weights}
     unknown = next((name for name in weights if name not in packed.values()), None)
     if unknown is not None:
-        raise AfpqError(f"{checkpoint.directory}: {unknown} is not the weight of a linear layer of this architecture")
+        reason = left_linears(skeleton).get(unknown.removesuffix(".weight"), "of this architecture")
+        raise AfpqError(f"{checkpoint.directory}: {unknown} is not the weight of a plain linear layer ({reason})")
     by_module = {name: schemes[tensor] for name, tensor in packed.items()}
     left = [re.escape(name) for name in linears if name not in packed]
     usual = Counter(by_module.values()).most_common(1)[0][0]

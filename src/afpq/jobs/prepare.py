@@ -24,7 +24,7 @@ from afpq.checkpoint.verify import checkpoint_digest
 from afpq.checkpoint.work_directory import refuse_existing
 from afpq.errors import AfpqError
 from afpq.evaluation.devices import find_device
-from afpq.evaluation.loading import load_tokenizer, require_next_token, window_length
+from afpq.evaluation.loading import load_tokenizer, require_next_token, require_text, window_length
 from afpq.evaluation.text import sample_windows, tokenize
 from afpq.jobs.bit_budget import Budget, Choice, settle_budget
 from afpq.jobs.card_sample import CardText, WindowDraw, card_text_of, unused_card_text
@@ -220,7 +220,9 @@ def _check_calibration(skeleton: PreTrainedModel, texts: Texts, user: str, witho
     """Raises AfpqError if there is no text for `user`, or the architecture cannot be calibrated."""
     if texts.calibration is None:
         raise AfpqError(f"{user} needs calibration text: --text FILE or --dataset NAME")
-    if getattr(skeleton.config, "is_encoder_decoder", False):
+    if not getattr(skeleton.config, "is_encoder_decoder", False):
+        require_text(skeleton, user)
+    else:
         raise AfpqError(
             f"{type(skeleton).__name__} is an encoder-decoder: its decoder's blocks read the encoder's outputs too and "
             f"cannot be calibrated one after the other by {user}; use --method {NEAREST}{without}"

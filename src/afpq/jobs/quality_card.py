@@ -87,7 +87,7 @@ def _facts(card: Card) -> str:
     scales = "a scale and a zero point" if scheme.zero_point else "one scale"
     scales = "a scale for each sign" if scheme.two_scales else scales
     group = "row" if scheme.group_size == -1 else f"group of {scheme.group_size} weights"
-    warning = coverage_warning(plan.coverage, plan.left)
+    warning = coverage_warning(plan.coverage, plan.left, plan.reasons)
     which = "scheme" if card.choice is None else "scheme of most weights"
     others = sorted({str(t.scheme) for t in plan.block_targets} - {str(scheme)})
     published = plan.checkpoint.published
@@ -210,7 +210,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey. False without matplotlib."""
+    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey.
+
+    Returns whether there is a picture: not without matplotlib, nor without layers.
+    """
+    if not notes:
+        return False
     try:
         from matplotlib.figure import Figure
     except ImportError:

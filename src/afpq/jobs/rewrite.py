@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ def rewrite(
     out: Path,
     tensors: Iterable[tuple[str, Tensor]],
     progress: Progress | None = None,
-    check: Callable[[Checkpoint], str] | None = None,
+    check: Callable[[Checkpoint, Mapping[str, str]], str] | None = None,
 ) -> str:
     """Write `tensors`, each of `job.outputs` once, into the new directory `out`; return the result of `check`.
 
-    `check` gets the finished checkpoint before it has its name. A run that is stopped leaves nothing. Raises AfpqError
-    if `out` exists or cannot be written, and for a tensor that differs on the disk from the computed one.
+    `check` gets the finished checkpoint, before it has its name, and its tensors' digests. A run that is stopped
+    leaves nothing. Raises AfpqError if `out` exists or cannot be written, and for a tensor that differs on the disk
+    from the computed one.
     """
     digests: dict[str, str] = {}
     done = 0
@@ -65,6 +66,6 @@ def rewrite(
             written = open_checkpoint(directory)
             check_tensors(written, job.outputs, digests)
             write_checksums(work.path, job.outputs, digests, job.config)
-            verdict = "" if check is None else check(written)
+            verdict = "" if check is None else check(written, digests)
         write_json(work.path / "config.json", job.config)
     return verdict

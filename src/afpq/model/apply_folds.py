@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from afpq.errors import AfpqError
 from afpq.model.awq_folds import FAMILIES, Fold
+from afpq.model.blocks import is_linear
 from afpq.model.experts import Expert
 
 
@@ -28,8 +29,11 @@ def _fits(block: nn.Module, fold: Fold) -> bool:
     if any(_attribute(block, path) != wanted for path, wanted in fold.when):
         return False
     linears = [_attribute(block, name) for name in fold.linears]
+    previous = _attribute(block, fold.previous)
     weight = _attribute(block, f"{fold.previous}.weight")
-    if not isinstance(weight, Tensor) or not all(isinstance(linear, nn.Linear) for linear in linears):
+    if not isinstance(weight, Tensor) or not all(isinstance(m, nn.Module) and is_linear(m) for m in linears):
+        return False
+    if isinstance(previous, nn.Linear) and not is_linear(previous):
         return False
     if len({weight.shape[1] for weight in fold_weights(block, fold)}) != 1:
         return False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.errors import AfpqError
+from afpq.model.blocks import end, is_linear, why_left
 from afpq.numerics.scheme import Scheme
 from afpq.recipe import Recipe
 
@@ -45,22 +46,15 @@ NO_ENDS = EmbeddingAndHead(None, None, False)
 def find_embedding_and_head(model: nn.Module) -> EmbeddingAndHead:
     """Find the ends that a Transformers model declares; any other module has none."""
     names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    embedding, head = end(model, "get_input_embeddings"), end(model, "get_output_embeddings")
     table = names.get(id(embedding)) if isinstance(embedding, nn.Embedding) else None
-    linear = names.get(id(head)) if isinstance(head, nn.Linear) else None
+    linear = names.get(id(head)) if isinstance(head, nn.Module) and is_linear(head) else None
     if table is None:
         return EmbeddingAndHead(None, linear, False)
     readers = _readers(model, f"{table}.weight")
     tied = linear is not None and (f"{linear}.weight" in readers or head.weight is embedding.weight)
     others = sorted(name.removesuffix(".weight") for name in readers - {f"{linear}.weight"})
     return EmbeddingAndHead(table, linear, tied, tuple(others))
-
-
-def _end(model: nn.Module, getter: str) -> Any:
-    try:
-        return getattr(model, getter)()
-    except (AttributeError, NotImplementedError):  # not a model of Transformers, or one without this end
-        return None
 
 
 def _readers(model: nn.Module, weight: str) -> set[str]:
@@ -94,7 +88,10 @@ def settle_recipe(
         return recipe, ends
     kind = type(model).__name__
     if recipe.lm_head is not None and ends.head is None:
-        raise AfpqError(f"{kind} has no output head that is a linear layer; leave out --lm-head")
+        head = end(model, "get_output_embeddings")
+        reason = why_left(head) if isinstance(head, nn.Module) else None
+        because = "" if reason is None else f" ({reason})"
+        raise AfpqError(f"{kind} has no output head that is a plain linear layer{because}; leave out --lm-head")
     if recipe.embedding is not None and ends.embedding is None:
         raise AfpqError(f"{kind} has no embedding of tokens that can be quantized; leave out --embedding")
     if ends.tied and stored_apart(f"{ends.embedding}.weight", f"{ends.head}.weight"):
@@ -151,19 +148,30 @@ def retie(model: Any) -> None:
 def scales_its_rows(lookup: nn.Embedding) -> bool:
     """Check that an embedding returns its table's row times a factor: 1, or the class's own.
 
-    It is called with a table of one row. True for an embedding whose buffers hold no values yet.
+    It is called with tables made up for it. True for an embedding whose buffers hold no values yet.
     """
-    if type(lookup) is nn.Embedding or any(b.is_meta for name, b in lookup.named_buffers() if name != "weight"):
+    if lookup.max_norm is not None:
+        return False
+    if type(lookup).forward is nn.Embedding.forward and "forward" not in vars(lookup):
         return True
+    if any(b.is_meta for name, b in lookup.named_buffers() if name != "weight"):
+        return True
+    device = next((b.device for b in lookup.buffers() if not b.is_meta), torch.device("cpu"))
 
-    def result(row: Tensor) -> Tensor:
+    def result(table: Tensor, ids: Tensor) -> Tensor:
         trial = copy.copy(lookup)
-        trial._parameters, trial.padding_idx = {"weight": nn.Parameter(row, False)}, None
+        trial._parameters, trial.padding_idx = {"weight": nn.Parameter(table, False)}, None
         trial._buffers = {name: buffer for name, buffer in lookup._buffers.items() if name != "weight"}
-        found: Tensor = trial(torch.zeros(1, dtype=torch.long, device=row.device))
+        found: Tensor = trial(ids)
         return found.float()
 
-    device = next((b.device for b in lookup.buffers() if not b.is_meta), torch.device("cpu"))
-    ones = torch.ones(1, lookup.embedding_dim, device=device)
-    row = torch.linspace(-3, 2, lookup.embedding_dim, device=device)[None]
-    return torch.allclose(result(row), row * result(ones), rtol=1e-5)
+    first, width, rows = torch.zeros(1, 1, dtype=torch.long, device=device), lookup.embedding_dim, lookup.num_embeddings
+    ids = torch.tensor([[rows - 1, 0, rows // 2, 0, rows - 1]], device=device)
+    row, numbers = torch.linspace(-3, 2, width, device=device)[None], torch.arange(1.0, rows + 1, device=device)
+    try:
+        factor = result(torch.ones(1, width, device=device), first)
+        rows_scale = torch.allclose(result(row, first), row * factor, rtol=1e-5)
+        found = result(numbers[:, None].expand(rows, width), ids)  # a table of any size, without its memory
+        return rows_scale and torch.allclose(found, numbers[ids][..., None] * factor, rtol=1e-5)
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):  # code that needs more than a table
+        return False

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from afpq import kernels
 from afpq.errors import AfpqError
+from afpq.model.weight_stand_in import WeightStandIn
 from afpq.numerics.groups import QuantizedWeight
 from afpq.numerics.packing import from_tensors, layout, to_tensors
 from afpq.numerics.scale_storage import check_scales_finite
@@ -159,13 +161,23 @@ class AfpqLinear(PackedModule):
         return y
 
     def __getattr__(self, name: str) -> Any:
-        """Decode `weight` at each read, for code that reads it instead of calling the layer (Mamba's)."""
+        """Give `weight`, decoded once it is computed with, for code that reads it (Mamba's, T5's)."""
         if name != "weight" or "weight" in self._parameters or not self.readable:
             return super().__getattr__(name)
+        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
         if self.qweight.is_meta:
-            weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-        else:
-            weight = self.dequantize(self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        if torch.compiler.is_compiling():  # an op, which the compiler drops if only its dtype or shape is read
+            codebook = self.scheme.format
+            weight: Tensor = kernels.dequantize(
+                self.qweight, *self._scale_buffers(), codebook.values, codebook.bits, self.scheme.group_size,
+                self.in_features, self.dtype,
+            )  # fmt: skip
+            return weight.T if self.conv1d else weight
+        return WeightStandIn(cache(self._float_weight), shape, self.dtype, self.qweight.device)
+
+    def _float_weight(self) -> Tensor:
+        weight = self.dequantize(self.dtype)
         return weight.T if self.conv1d else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AfpqLinear:

@@ -7,13 +7,13 @@ device; if weights are still to be quantized, the float parameters stay as loadi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from afpq.errors import AfpqError
-from afpq.model.blocks import conv1d_linears, replace_module
+from afpq.model.blocks import conv1d_linears, in_blocks, is_linear, replace_module
 from afpq.model.embedding import AfpqEmbedding
 from afpq.model.embedding_and_head import EmbeddingAndHead
 from afpq.model.experts import AfpqExperts, all_or_none, expert_form, split_experts
@@ -26,35 +26,35 @@ SchemeOf = Callable[[str], Scheme | None]
 
 
 def convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return every linear, Conv1D and module of fused experts, by name."""
+    """Return every linear, Conv1D and module of fused experts that can be replaced, by name."""
     convs = {name for name, _ in conv1d_linears(model)}
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or name in convs or expert_form(module) is not None
+        if is_linear(module) or name in convs or expert_form(module) is not None
     ]
 
 
-def linear_names(model: nn.Module, places: Sequence[str]) -> list[str]:
+def linear_names(model: nn.Module, blocks: Container[str]) -> list[str]:
     """Return the names of the linears that `pack_matrices` asks for the scheme of, each expert's too."""
     names: list[str] = []
     for name, module in convertible(model):
-        if name.startswith(tuple(places)):
+        if in_blocks(name, blocks):
             form = expert_form(module)
             names += [name] if form is None else [f"{name}.{linear}" for linear in form.linears()]
     return names
 
 
 def pack_matrices(
-    model: nn.Module, places: Sequence[str], scheme_of: SchemeOf, leaves: tuple[str, ...], packed: bool
+    model: nn.Module, blocks: Container[str] | None, scheme_of: SchemeOf, leaves: tuple[str, ...], packed: bool
 ) -> None:
-    """Replace the convertible modules whose name begins with one of `places` and for which `scheme_of` has a scheme.
+    """Replace the convertible modules in the blocks called `blocks` (None: anywhere) that have a scheme by `scheme_of`.
 
     `leaves`: names of an expert's linears (`TensorNames.leaves`). `packed`: whether the checkpoint holds codes; if not,
     float parameters are kept to be loaded. Raises AfpqError if only some of a layer's experts would be quantized.
     """
     for name, module in convertible(model):
-        if not name.startswith(tuple(places)):
+        if blocks is not None and not in_blocks(name, blocks):
             continue
         form = expert_form(module, leaves)
         if form is None:

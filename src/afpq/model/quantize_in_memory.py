@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from afpq.algorithms.methods import METHODS, solve_without_data
 from afpq.errors import AfpqError
-from afpq.model.blocks import TransposedLinear, find_linears, replace_module
+from afpq.model.blocks import (
+    TransposedLinear,
+    find_blocks,
+    find_linears,
+    in_blocks,
+    left_linears,
+    replace_module,
+)
 from afpq.model.coverage import warn_of_left
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.model.embedding_and_head import settle_recipe
@@ -35,7 +42,9 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
     recipe, ends = settle_recipe(model, recipe)
     check_patterns(recipe, [name for name, _ in find_linears(model)], model.state_dict())
     chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
-    if all(scheme is None for _, _, scheme in chosen) and not ends.schemes(recipe):
+    blocks = {block.name for block in find_blocks(model)}
+    none_fits = not chosen and any(in_blocks(name, blocks) for name in left_linears(model))
+    if all(scheme is None for _, _, scheme in chosen) and not ends.schemes(recipe) and not none_fits:
         raise AfpqError(f"no linear layer {'left to quantize; see skip' if recipe.skip else 'in blocks of the model'}")
     for name, linear, scheme in chosen:
         if scheme is not None:

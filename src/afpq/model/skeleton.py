@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -79,16 +80,21 @@ def _cannot_build(directory: Path, error: Exception) -> AfpqError:
     return AfpqError(f"{directory}: Transformers cannot build this model: {reason[:300] or type(error).__name__}")
 
 
-def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(directory: Path, trust_remote_code: bool = False, original: bool = False) -> PreTrainedModel:
     """Build the architecture that config.json names, in evaluation mode: parameters on the meta device, buffers real.
 
-    Buffers such as rotary frequencies are computed, not loaded, so the model needs them to run. Raises AfpqError for an
+    Buffers such as rotary frequencies are computed, not loaded, so the model needs them to run. With `original` all
+    modules are the architecture's own, nothing is split, and buffers are in float32. Raises AfpqError for an
     architecture that Transformers lacks, or that needs code from the checkpoint that was not allowed.
     """
     config = read_config(directory, trust_remote_code)
     try:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if original:
+            for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
+                if part is not None:
+                    part.dtype = torch.float32
         named = model_class(config, trust_remote_code)
         with _parameters_on_meta():
             model: PreTrainedModel = (
@@ -96,7 +102,8 @@ def build_skeleton(directory: Path, trust_remote_code: bool = False) -> PreTrain
                 if issubclass(named, PreTrainedModel)
                 else named.from_config(config, trust_remote_code=trust_remote_code)
             )
-        unfuse(model)
+        if not original:
+            unfuse(model)
         return model.eval()
     except Exception as error:  # as above
         raise _cannot_build(directory, error) from None
