@@ -224,8 +224,8 @@ HEAD = """# Models
 
 Blocks and their linears are found by walking the model, so a family that is not listed is likely to work too: `afpq
 quantize MODEL OUT --dry-run` tells what would be quantized, and names what would not. A linear of a class with a
-forward of its own (a router that returns two tensors, a scaled linear of trusted code) stays as it is, and is named with
-that reason. Models of images and sound (ViT, CLIP, SigLIP, Whisper, wav2vec2, MusicGen) are rounded to nearest;
+forward of its own (a router that returns two tensors, a scaled linear of trusted code) stays as it is, and is named
+with that reason. Models of images and sound (ViT, CLIP, SigLIP, Whisper, wav2vec2, MusicGen) are rounded to nearest;
 methods that need text refuse them.
 
 This table is made of what `tests/test_families.py` holds to be true (`python tests/families.py`): a small random model
