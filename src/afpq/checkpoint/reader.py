@@ -29,7 +29,6 @@ PICKLES = ("bin", "pt", "pth", "ckpt", "pkl", "pickle")  # never opened
 CARD = "README.md"  # read for its licence, never copied: the output has a card of its own
 # Copied next to the weights: every small file except the weights, their index and the config.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*")
-
 # safetensors dtype -> torch dtype, for all tensors that a checkpoint may hold
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -37,7 +36,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a weight may be stored in
 
 
@@ -169,8 +167,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _as_floats(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint, decoded if it is published in a low precision."""
-    view = float_view(checkpoint.directory, checkpoint.config, checkpoint.tensors)
-    if view is None:
+    if (view := float_view(checkpoint.directory, checkpoint.config, checkpoint.tensors)) is None:
         return checkpoint
     tensors = dict(
         _info(view.encoded[name]) if name in view.encoded else (name, info)

@@ -19,6 +19,7 @@ from afpq.evaluation.tables import size_text, table, with_error
 from afpq.jobs.bit_budget import Choice
 from afpq.jobs.card_sample import CardFigures
 from afpq.jobs.chosen_shares import SHARES, share_cells
+from afpq.jobs.error_picture import block_of, error_of, kind_of, plot_errors
 from afpq.jobs.sensitivity_file import SENSITIVITIES
 from afpq.model.coverage import coverage_warning
 from afpq.version import __version__
@@ -155,7 +156,7 @@ def _quality(card: Card) -> str:
 
 def _errors(notes: Sequence[dict[str, Any]], picture: bool) -> str:
     """Show the errors of the layers: a picture, and a line for each kind of layer, the ends last."""
-    notes = sorted(notes, key=lambda note: _block_of(note["module"]) is None)
+    notes = sorted(notes, key=lambda note: block_of(note["module"]) is None)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for note in notes:
         kinds.setdefault(kind_of(note["module"]), []).append(note)
@@ -180,16 +181,6 @@ _MEANING = {
 }
 
 
-def kind_of(module: str) -> str:
-    """Return the last part of a name: up_proj of `model.layers.3.mlp.up_proj`."""
-    return module.rpartition(".")[2]
-
-
-def error_of(note: dict[str, Any]) -> float:
-    """Return the error of the layer's outputs if it is known, else of its weights."""
-    return float(note.get("output_error", note["weight_error"]))
-
-
 def _making(card: Card) -> str:
     recipe = card.plan.recipe
     odd = [note for note in card.notes if note.get("note")]
@@ -207,52 +198,3 @@ def _making(card: Card) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
-
-
-def plot_errors(notes: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw a line for each kind of layer along the blocks; rounding to nearest in grey.
-
-    Returns whether there is a picture: not without matplotlib, nor without layers.
-    """
-    if not notes:
-        return False
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    notes = [note for note in notes if _block_of(note["module"]) is not None] or notes
-    kinds = list(dict.fromkeys(kind_of(note["module"]) for note in notes))
-    for kind in kinds:
-        members = [note for note in notes if kind_of(note["module"]) == kind]
-        blocks = [_block_of(note["module"]) or 0 for note in members]
-        axis.plot(blocks, [error_of(note) for note in members], marker="o", markersize=3, linewidth=1.2, label=kind)
-    before = [(_block_of(n["module"]) or 0, n["output_error_before"]) for n in notes if "output_error_before" in n]
-    if before:
-        axis.scatter(
-            [x for x, _ in before], [y for _, y in before], s=10, color="#b8bec7", zorder=1, label="rounded to nearest"
-        )
-    _finish(axis, "output" if before else "weight", sorted(map(error_of, notes)))
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    return True
-
-
-def _finish(axis: Any, what: str, errors: Sequence[float]) -> None:
-    """Set scales and labels; a logarithmic scale would blow up the differences of errors that are nearly equal."""
-    if 0 < 10 * errors[0] < errors[-1]:
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(bottom=0)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("block")
-    axis.set_ylabel(f"relative squared {what} error")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", which="both", color="#eeeeee", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.legend(frameon=False, fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _block_of(module: str) -> int | None:
-    """Return the first part of a module's name that is a number; None outside of the blocks."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
