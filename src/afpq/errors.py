@@ -28,6 +28,11 @@ def in_all(count: int, noun: str) -> str:
     return "" if count == 1 else f" ({counted(count, noun)} in all)"
 
 
+def one_line(error: Exception, most: int = 200) -> str:
+    """Return the first `most` characters of an error's message, on one line; empty if it has none."""
+    return " ".join(str(error).split())[:most]
+
+
 def out_of_memory(error: Exception) -> AfpqError | None:
     """The error to raise if `error` is a lack of memory, on a GPU or a CPU; None for any other error.
 
@@ -39,10 +44,8 @@ def out_of_memory(error: Exception) -> AfpqError | None:
     named = isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
     if not (named or isinstance(error, torch.OutOfMemoryError | MemoryError)):
         return None
-    reason = " ".join(str(error).split())[:200]
-    return AfpqError(
-        f"out of memory ({reason or 'no details'}): use a smaller --seq-len, fewer --samples or another --device"
-    )
+    reason = one_line(error) or "no details"
+    return AfpqError(f"out of memory ({reason}): use a smaller --seq-len, fewer --samples or another --device")
 
 
 @contextmanager

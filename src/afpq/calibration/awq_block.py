@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.algorithms import quantize_rtn, search_channel_scales
-from afpq.calibration.capture import BlockCall
+from afpq.calibration.capture import BlockCall, first_of
 from afpq.calibration.stages import arguments_of, input_of
 from afpq.model.apply_folds import apply_fold, fold_weights, folds_of, shared_mean
 from afpq.model.awq_folds import Fold
@@ -78,5 +78,4 @@ def _search(
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    result = module(*args, **kwargs)
-    return (result[0] if isinstance(result, tuple) else result).float()  # type: ignore[no-any-return]
+    return first_of(module(*args, **kwargs)).float()

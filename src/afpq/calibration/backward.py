@@ -23,7 +23,7 @@ from afpq.calibration.head_inputs import fill_outside, standing_in
 from afpq.calibration.hidden_states import Activations
 from afpq.calibration.solve_layer import named
 from afpq.checkpoint.plan import Plan
-from afpq.errors import AfpqError, named_lack_of_memory, out_of_memory
+from afpq.errors import AfpqError, named_lack_of_memory, one_line, out_of_memory
 from afpq.model.blocks import Block, find_blocks
 from afpq.progress import Progress
 
@@ -161,7 +161,7 @@ def step_back(
             except (RuntimeError, MemoryError) as error:
                 if (full := out_of_memory(error)) is not None:
                     raise full from None
-                raise AfpqError(f"cannot be run backwards ({' '.join(str(error).split())[:200]})") from None
+                raise AfpqError(f"cannot be run backwards ({one_line(error)})") from None
         if not bool(torch.isfinite(found).all()):
             raise AfpqError("the gradients are NaN or Inf on the calibration text")
         if before is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from afpq.calibration.hidden_states import Activations, Inputs, batch_size
-from afpq.errors import AfpqError, named_lack_of_memory, out_of_memory
+from afpq.errors import AfpqError, named_lack_of_memory, one_line, out_of_memory
 from afpq.model.blocks import Block, replaced_forwards
 
 
@@ -31,8 +31,13 @@ class BlockCall:
     tuple_result: bool  # whether the model takes element 0 of a block's result
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        result = block(hidden, *self.args, **self.kwargs)
-        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+        return first_of(block(hidden, *self.args, **self.kwargs))
+
+
+def first_of(result: Any) -> Tensor:
+    """Return a module's result, or element 0 of a tuple: the hidden states."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result
+    return found
 
 
 def capture(
@@ -70,7 +75,7 @@ def _capture_batch(model: nn.Module, blocks: list[Block], ids: Tensor) -> tuple[
                 if (full := out_of_memory(error)) is not None:
                     raise full from None
                 if tuple_result:
-                    reason = " ".join(str(error).split())[:200]
+                    reason = one_line(error)
                     raise AfpqError(
                         f"cannot run this architecture block by block ({reason}); use --method rtn"
                     ) from None

@@ -22,8 +22,8 @@ from afpq.errors import AfpqError
 _NAMED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Header(Protocol):
-    """What a file's header states of a tensor."""
+class InFile(Protocol):
+    """A tensor in a file."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -31,23 +31,22 @@ class Header(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def file(self) -> Path: ...
+
+
+class Header(InFile, Protocol):
+    """What a file's header states of a tensor."""
+
     @property
     def bytes(self) -> int: ...
 
 
-class EncodedTensor(Protocol):
+class EncodedTensor(InFile, Protocol):
     """A tensor that is decoded as it is read; dtype and shape are those of the decoded tensor.
 
     The methods return tensors in memory of their own and raise AfpqError, naming the tensor, for a file that cannot be
     read and for scales that are NaN or Inf.
     """
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def file(self) -> Path: ...
     @property
     def stored_bytes(self) -> int:
         """Bytes in the file, with scales."""

@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, one_line
 
 SUFFIX = ".gguf"
 LINK = f"weights{SUFFIX}"  # to the file, next to what was made of its header
@@ -61,8 +61,8 @@ def gguf_errors(file: Path) -> Iterator[None]:
     except ImportError as error:
         raise AfpqError(f"{file}: reading GGUF files needs a package: pip install gguf ({error})") from None
     except Exception as error:  # files are foreign input: every reader stumbles over them its own way
-        reason = " ".join(str(error).split())
-        raise AfpqError(f"{file}: Transformers cannot read it: {reason[:300] or type(error).__name__}") from None
+        reason = one_line(error, 300) or type(error).__name__
+        raise AfpqError(f"{file}: Transformers cannot read it: {reason}") from None
 
 
 def open_reader(file: Path) -> Any:

@@ -13,6 +13,7 @@ import typer
 
 from afpq.algorithms.methods import METHODS
 from afpq.algorithms.solver_options import SolverOptions, flag_of
+from afpq.commands.options import with_signature
 
 Parameters = Sequence[inspect.Parameter]
 
@@ -69,9 +70,7 @@ def with_flags(**groups: Parameters) -> Callable[[Callable[..., None]], Callable
             made = {name: kinds[name](**{p: values.pop(p) for p in members[name]}) for name in kinds}
             function(**values, **made)
 
-        setattr(command, "__signature__", inspect.Signature(flat))  # noqa: B010  (Typer reads it)
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
-        return command
+        return with_signature(command, flat)
 
     return decorate
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -61,6 +61,13 @@ def before_a_command(
 Function = Callable[..., None]
 
 
+def with_signature(function: Function, parameters: Sequence[inspect.Parameter]) -> Function:
+    """Let a function that takes any keywords have these parameters for Typer, which reads both places."""
+    setattr(function, "__signature__", inspect.Signature(parameters))  # noqa: B010  (mypy refuses the attribute)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], Function]:
     """Register a function as a command of `app` that takes `--verbose` and `--quiet` besides its own options."""
 
@@ -77,9 +84,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], Fu
             choose_output(verbose, quiet)
             function(**values)
 
-        setattr(run, "__signature__", inspect.Signature([*own, *added]))  # noqa: B010  (Typer reads it)
-        run.__annotations__ = {part.name: part.annotation for part in [*own, *added]}
-        return app.command(name, **settings)(run)
+        return app.command(name, **settings)(with_signature(run, [*own, *added]))
 
     return register
 

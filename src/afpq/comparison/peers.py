@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, one_line
 
 Approximate = Callable[[Tensor], tuple[Tensor, int]]  # float32 [out, in] -> (the same in float32, bytes stored)
 
@@ -111,6 +111,6 @@ def approximate(peer: Peer, name: str, weight: Tensor) -> tuple[Tensor, int]:
     try:
         back, size = peer.approximate(weight.float().contiguous())
     except Exception as error:  # other people's code raises what it likes
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise AfpqError(f"{name}: {peer.package} {peer.scheme} failed: {type(error).__name__}: {reason}") from None
     return back.to(weight.dtype), size

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, one_line
 from afpq.evaluation.loading import generates, load_model, load_tokenizer
 
 T = TypeVar("T")
@@ -200,7 +200,7 @@ def _guarded(what: str, work: Callable[[], T]) -> T:
     except AfpqError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or "no reason given"
+        reason = one_line(error, 300) or "no reason given"
         raise AfpqError(f"{what}: lm-eval stopped: {type(error).__name__}: {reason}") from error
 
 

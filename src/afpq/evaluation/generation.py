@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, one_line
 from afpq.evaluation.loading import context_length, generates
 
 Message = dict[str, str]  # role ("system", "user" or "assistant") and content
@@ -65,7 +65,7 @@ def chat_inputs(tokenizer: Any, messages: Sequence[Message]) -> dict[str, Tensor
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception as error:  # templates come with models, and raise what they like
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise AfpqError(f"the model's chat template refuses the messages: {reason}") from None
     return _checked(found)
 

@@ -18,7 +18,7 @@ from afpq.algorithms.methods import NEAREST
 from afpq.checkpoint.quantization_config import QUANT_METHOD
 from afpq.checkpoint.reader import open_checkpoint
 from afpq.checkpoint.wrappers import unwrap, wrapper_of
-from afpq.errors import AfpqError, in_all
+from afpq.errors import AfpqError, in_all, one_line
 from afpq.evaluation.decoded_weights import decoded_weights
 from afpq.evaluation.devices import find_device
 from afpq.integrations import transformers as _plugin  # noqa: F401  (registers the method with Transformers)
@@ -136,4 +136,4 @@ def _guarded(model: str | Path, load: Callable[[], T]) -> T:
     except AfpqError:
         raise
     except Exception as error:  # foreign input: any class of Transformers may raise anything
-        raise AfpqError(f"{model}: Transformers cannot load it: {' '.join(str(error).split())[:300]}") from None
+        raise AfpqError(f"{model}: Transformers cannot load it: {one_line(error, 300)}") from None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from afpq.checkpoint.plan import Plan, loaded_bytes, original_bytes, vocabulary
-from afpq.errors import AfpqError, out_of_memory
+from afpq.errors import AfpqError, one_line, out_of_memory
 from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_device_memory, available_memory
 from afpq.evaluation.perplexity import LOGITS_BATCH_TOKENS, Evaluation, evaluate, logits_of
@@ -97,7 +97,7 @@ def measure_card_text(
             figures = evaluate(model, sample.windows, reference, progress)
         return CardFigures(sample, math.exp(sum(losses) / len(losses)), figures)
     except (AfpqError, RuntimeError, MemoryError, OverflowError) as error:
-        return " ".join(str(out_of_memory(error) or error).split())[:300]
+        return one_line(out_of_memory(error) or error, 300)
 
 
 def _needed(plan: Plan, cuda: bool) -> int:

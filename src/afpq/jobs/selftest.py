@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from afpq.checkpoint.plan import Plan, Target, loaded_bytes
 from afpq.checkpoint.reader import Checkpoint
 from afpq.checkpoint.verify import digest
-from afpq.errors import AfpqError, out_of_memory
+from afpq.errors import AfpqError, one_line, out_of_memory
 from afpq.evaluation.loading import load_model, quiet_transformers
 from afpq.evaluation.memory import available_memory
 from afpq.jobs.made_up_inputs import made_up_inputs
@@ -134,7 +134,7 @@ def _untested(plan: Plan, weights: UnitWeights) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _run(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from afpq.errors import AfpqError
+from afpq.errors import AfpqError, one_line
 from afpq.model.unfuse import unfuse
 
 MAX_LAYERS = 10_000
@@ -76,8 +76,8 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _cannot_build(directory: Path, error: Exception) -> AfpqError:
-    reason = " ".join(str(error).split())
-    return AfpqError(f"{directory}: Transformers cannot build this model: {reason[:300] or type(error).__name__}")
+    reason = one_line(error, 300) or type(error).__name__
+    return AfpqError(f"{directory}: Transformers cannot build this model: {reason}")
 
 
 def build_skeleton(directory: Path, trust_remote_code: bool = False, original: bool = False) -> PreTrainedModel:
