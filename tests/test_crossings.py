@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,14 @@ def broken(kinds: list[str], known: dict[str, tuple[type[Exception], str]]) -> l
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The directory of a kind's random float model; made once."""
-    place, made = tmp_path_factory.mktemp("float"), {}
+    place = tmp_path_factory.mktemp("float")
 
+    @cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            torch.manual_seed(0)
-            KINDS[kind]().save_pretrained(place / kind)
-            save_tokenizer(place / kind)
-            made[kind] = place / kind
-        return made[kind]
+        torch.manual_seed(0)
+        KINDS[kind]().save_pretrained(place / kind)
+        save_tokenizer(place / kind)
+        return place / kind
 
     return make
 
@@ -85,13 +85,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="module")
 def quantized(original: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The directory of a kind's quantized model, its tied head quantized too; made once."""
-    place, made = tmp_path_factory.mktemp("quantized"), {}
+    place = tmp_path_factory.mktemp("quantized")
 
+    @cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = place / kind
-            afpq.quantize(original(kind), made[kind], SCHEME, evaluate=False, **ends(kind))
-        return made[kind]
+        afpq.quantize(original(kind), place / kind, SCHEME, evaluate=False, **ends(kind))
+        return place / kind
 
     return make
 

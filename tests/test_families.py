@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,14 @@ def bare_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's random model in bfloat16; made once."""
-    place, made = tmp_path_factory.mktemp("families"), {}
+    place = tmp_path_factory.mktemp("families")
 
+    @cache
     def make(name: str) -> Path:
-        if name not in made:
-            model, directory = random_model(FAMILIES[name]), place / re.sub(r"\W", "-", name)
-            model.to(torch.bfloat16).save_pretrained(directory)
-            save_tokenizer(directory)
-            made[name] = directory
-        return made[name]
+        model, directory = random_model(FAMILIES[name]), place / re.sub(r"\W", "-", name)
+        model.to(torch.bfloat16).save_pretrained(directory)
+        save_tokenizer(directory)
+        return directory
 
     return make
 
@@ -72,13 +72,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def rounded(original: Callable[[str], Path]) -> Callable[[str], tuple[Plan, Path]]:
     """What a family's model is rounded to nearest, and where; made once."""
-    made: dict[str, tuple[Plan, Path]] = {}
 
+    @cache
     def make(name: str) -> tuple[Plan, Path]:
-        if name not in made:
-            out = original(name).with_name(f"{original(name).name}-rtn")
-            made[name] = afpq.quantize(original(name), out, SCHEME, evaluate=False).plan, out
-        return made[name]
+        out = original(name).with_name(f"{original(name).name}-rtn")
+        return afpq.quantize(original(name), out, SCHEME, evaluate=False).plan, out
 
     return make
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,14 @@ Make = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The directory of a random float model; made once."""
-    place, made = tmp_path_factory.mktemp("float"), {}
+    place = tmp_path_factory.mktemp("float")
 
+    @cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            torch.manual_seed(0)
-            name, config = SAVED[kind]
-            getattr(transformers, name)(config()).save_pretrained(place / kind)
-            made[kind] = place / kind
-        return made[kind]
+        torch.manual_seed(0)
+        name, config = SAVED[kind]
+        getattr(transformers, name)(config()).save_pretrained(place / kind)
+        return place / kind
 
     return make
 
@@ -73,18 +73,15 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="module")
 def quantized(original: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The same quantized; "KIND, ends" with its embedding and head too. Made once."""
-    place, made = tmp_path_factory.mktemp("quantized"), {}
+    place = tmp_path_factory.mktemp("quantized")
 
+    @cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            name, _, ends = kind.partition(", ")
-            keys: dict[str, Any] = (
-                {"embedding": "same", "lm_head": "same" if name != "backbone" else None} if ends else {}
-            )
-            model = load(original(name), SAVED[name][0], quantization_config=AfpqConfig(group_size=32, **keys))[0]
-            model.save_pretrained(place / kind)
-            made[kind] = place / kind
-        return made[kind]
+        name, _, ends = kind.partition(", ")
+        keys: dict[str, Any] = {"embedding": "same", "lm_head": "same" if name != "backbone" else None} if ends else {}
+        model = load(original(name), SAVED[name][0], quantization_config=AfpqConfig(group_size=32, **keys))[0]
+        model.save_pretrained(place / kind)
+        return place / kind
 
     return make
 
