@@ -15,7 +15,7 @@ from afpq.checkpoint.plan import HEAD, OUTSIDE, KeptPart, Plan, PlanUnit, Target
 from afpq.checkpoint.reader import FLOATS, Checkpoint
 from afpq.checkpoint.wrappers import hint, unwrap
 from afpq.errors import AfpqError, in_all
-from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, in_blocks, is_linear, left_linears
+from afpq.model.blocks import TransposedLinear, find_blocks, find_linears, is_linear, left_in_blocks, left_linears
 from afpq.model.embedding_and_head import EmbeddingAndHead, settle_recipe
 from afpq.model.experts import AfpqExperts, all_or_none, find_experts
 from afpq.model.patterns import check_patterns
@@ -47,8 +47,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     left = _left_experts(experts, recipe)
     routed = tuple(f"{name}." for name in experts)
     targets: list[Target] = []
-    reasons = left_linears(model)
-    kept = {name for name, module in model.named_modules() if is_linear(module)} | reasons.keys()
+    kept = {name for name, module in model.named_modules() if is_linear(module)} | left_linears(model).keys()
     for module, linear in linears:
         scheme, source = recipe.scheme_for(module), names.get(f"{module}.weight")
         if scheme is not None and source is not None:
@@ -58,8 +57,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, recipe: Recipe) ->
     ends_found, head = _end_targets(checkpoint, model, located, ends, recipe)
     targets += ends_found
     kept -= ends.schemes(recipe).keys()
-    inside = {block.name for block in find_blocks(model)}
-    reasons = {name: reason for name, reason in reasons.items() if in_blocks(name, inside)}
+    reasons = left_in_blocks(model)
     if not targets and (linears or not reasons):
         why = "left to quantize; see --skip" if recipe.skip else f"in blocks of {type(model).__name__}"
         raise AfpqError(f"{checkpoint.directory}: no linear layer {why}")

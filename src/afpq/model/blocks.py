@@ -72,6 +72,12 @@ def left_linears(model: nn.Module) -> dict[str, str]:
     return {name: reason for name, reason in found if reason is not None}
 
 
+def left_in_blocks(model: nn.Module) -> dict[str, str]:
+    """Return those of `left_linears` that are in the blocks."""
+    blocks = {block.name for block in find_blocks(model)}
+    return {name: reason for name, reason in left_linears(model).items() if in_blocks(name, blocks)}
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
     """Return the repeated blocks of a model, in order: the members of its outermost module lists that hold linears.
 

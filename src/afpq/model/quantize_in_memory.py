@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from afpq.algorithms.methods import METHODS, solve_without_data
 from afpq.errors import AfpqError
-from afpq.model.blocks import (
-    TransposedLinear,
-    find_blocks,
-    find_linears,
-    in_blocks,
-    left_linears,
-    replace_module,
-)
+from afpq.model.blocks import TransposedLinear, find_linears, left_in_blocks, replace_module
 from afpq.model.coverage import warn_of_left
 from afpq.model.embedding import AfpqEmbedding, AfpqTiedHead
 from afpq.model.embedding_and_head import settle_recipe
@@ -40,10 +33,10 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> nn.Module:
         raise AfpqError(f"method {recipe.method!r} needs calibration text; use afpq.quantize, and load its result")
     unfuse(model, lambda name: recipe.scheme_for(name) is not None)
     recipe, ends = settle_recipe(model, recipe)
-    check_patterns(recipe, [name for name, _ in find_linears(model)], model.state_dict())
-    chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in find_linears(model)]
-    blocks = {block.name for block in find_blocks(model)}
-    none_fits = not chosen and any(in_blocks(name, blocks) for name in left_linears(model))
+    linears = find_linears(model)
+    check_patterns(recipe, [name for name, _ in linears], model.state_dict())
+    chosen = [(name, linear, recipe.scheme_for(name)) for name, linear in linears]
+    none_fits = not linears and bool(left_in_blocks(model))
     if all(scheme is None for _, _, scheme in chosen) and not ends.schemes(recipe) and not none_fits:
         raise AfpqError(f"no linear layer {'left to quantize; see skip' if recipe.skip else 'in blocks of the model'}")
     for name, linear, scheme in chosen:
