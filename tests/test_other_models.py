@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
+from command_line import Cli, assert_refused
+from command_line import cli as cli  # the fixture
 from conftest import save_tokenizer
 from families import CHEAP
 from torch import Tensor, nn
@@ -226,6 +229,45 @@ def test_a_linear_of_custom_code_keeps_its_forward(mixed: bool, tmp_path: Path) 
     assert packed(load(source, quantization_config=config)) == packed(model)
     with pytest.raises(AfpqError, match="left to quantize"):
         afpq.quantize(save_custom(tmp_path / "all", True), tmp_path / "none", skip=("layers",), trust_remote_code=True)
+
+
+def test_the_command_writes_a_model_of_which_nothing_can_be_quantized(cli: Cli, tmp_path: Path) -> None:
+    source, out = save_custom(tmp_path / "m", False), tmp_path / "out"
+    for words in (["--dry-run"], ["--format", "nf3"]):
+        result = cli("quantize", source, out, "--trust-remote-code", *words)
+        assert result.code == 0 and "Scaled has a forward of its own" in result.err and "advice" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ("method gptq", ["quantize", "{m}", "{o}", "--method", "gptq", "--text", "{t}"]),
+        ("a budget of bits", ["quantize", "{m}", "{o}", "--bits-per-weight", "3.5", "--text", "{t}"]),
+        ("the end pass", ["quantize", "{m}", "{o}", "--end-pass", "4", "--text", "{t}"]),
+        ("an inspection", ["inspect", "{m}"]),
+        ("a comparison", ["compare", "{m}", "--schemes", SCHEME, "--text", "{t}", "--report", "{o}"]),
+    ],
+    ids=["gptq", "budget", "end pass", "inspect", "compare"],
+)
+def test_what_needs_a_quantized_linear_says_that_there_is_none(
+    user: str, words: list[str], cli: Cli, tmp_path: Path
+) -> None:
+    places = {"m": save_custom(tmp_path / "m", False), "o": tmp_path / "out", "t": tmp_path / "text.txt"}
+    save_tokenizer(places["m"])
+    places["t"].write_text("some words of text " * 500)
+    result = cli(*(word.format(**places) for word in words), "--trust-remote-code")
+    assert_refused(result, f"{user} needs a linear that can be quantized")
+    assert "Scaled has a forward of its own" in result.err and not places["o"].exists()
+
+
+def test_the_end_pass_runs_a_model_of_custom_code(cli: Cli, tmp_path: Path) -> None:
+    source, text = save_custom(tmp_path / "m", True, CODE.replace("60", "256")), tmp_path / "text.txt"
+    save_tokenizer(source)
+    text.write_text("some words of text " * 500)
+    words = ["--end-pass", "4", "--text", text, "--samples", "4", "--seq-len", "32", "--trust-remote-code"]
+    result = cli("quantize", source, tmp_path / "out", "--group-size", "32", *words)
+    assert result.code == 0, result
+    assert "end_pass" in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
 
 
 TWO_RESULTS = CODE.replace("return 0.5 * super().forward(x) + x.mean(-1, keepdim=True)", "return super().forward(x), x")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from afpq.checkpoint.reader import Checkpoint
-from afpq.model.coverage import in_block, share_quantized
+from afpq.errors import AfpqError
+from afpq.model.coverage import in_block, reasons_text, share_quantized
 from afpq.model.embedding_and_head import NO_ENDS, EmbeddingAndHead
 from afpq.model.tensor_part import TensorPart
 from afpq.numerics.formats import repeated_codebook_bytes
@@ -180,6 +181,14 @@ class Plan:
             for unit in self.units
         )
         return replace(self, units=units, recipe=settled_recipe(self.recipe, self.ends, schemes))
+
+    def require_targets(self, user: str) -> None:
+        """Raise AfpqError if nothing can be quantized; `user` is what needs a weight that is, in words."""
+        if not self.targets:
+            raise AfpqError(
+                f"{self.checkpoint.directory}: {user} needs a linear that can be quantized, and there is none: "
+                f"{reasons_text(self.reasons)}"
+            )
 
     @property
     def coverage(self) -> float:

@@ -80,6 +80,7 @@ def make_agenda(question: Question) -> Agenda:
         if METHODS[recipe.method].calibrated not in bases:
             bases[METHODS[recipe.method].calibrated] = _prepare(question, recipe)
     first = next(iter(bases.values()))
+    first.plan.require_targets("a comparison")
     text = _windows(question, first)
     common = {
         "version of afpq": __version__,

@@ -49,6 +49,7 @@ def inspect_model(
     checkpoint = open_checkpoint(model)
     skeleton = build_skeleton(checkpoint.directory, trust_remote_code)
     plan = make_plan(checkpoint, skeleton, Recipe(settings.schemes[0], scale_search=settings.scale_search))
+    plan.require_targets("an inspection")
     targets = _drawn(plan.targets, settings)
     blocks = {target.module: unit.name for unit in plan.units for target in unit.targets}
     layers = []

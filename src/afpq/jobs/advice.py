@@ -21,11 +21,13 @@ BETTER = tuple(name for name, m in METHODS.items() if m.calibrated and not m.sca
 
 
 def advice(plan: Plan, measured: CardFigures | str | None, calibrates: bool = True) -> str | None:
-    """Return one line of advice; None if nothing calls for it.
+    """Return one line of advice; None if nothing calls for it, or if nothing is quantized.
 
     `measured`: the card's figures, or why there are none; None before a run. `calibrates`: whether the architecture
     can be calibrated.
     """
+    if not plan.targets:
+        return None
     method, bits = plan.recipe.method, code_bits(plan)
     if isinstance(measured, CardFigures):
         kl = measured.result.kl_divergence or 0.0

@@ -134,6 +134,7 @@ def finish_directory(job: Job, work: WorkDirectory, progress: Progress | None) -
 
     config.json comes last: with it the directory is a model. Raises AfpqError if the self-test fails.
     """
+    copy_companions(job.plan.checkpoint, work.path)  # the end pass loads the model, for which it may need its code
     _run_end_pass(job, work, progress)
     trust = job.trust_remote_code
     notes, ended = _notes(job.plan, work), _end_pass(work)
@@ -141,7 +142,6 @@ def finish_directory(job: Job, work: WorkDirectory, progress: Progress | None) -
     if job.choice is not None:
         write_json(work.path / SENSITIVITIES, job.choice.to_json())
     (work.path / LOG_NAME).write_text("\n".join(map(json.dumps, notes)) + "\n", "utf-8")
-    copy_companions(plan.checkpoint, work.path)
     config = _config(job, plan, ended)
     with work.as_published(config) as directory:
         written = open_checkpoint(directory)

@@ -188,6 +188,7 @@ def prepare(
     calibrated = METHODS[recipe.method].calibrated
     user = _user_of_text(recipe, search)
     if user is not None:
+        plan.require_targets(user)
         _check_calibration(skeleton, texts, user, "" if search is None else " without a budget")
     if recipe.end_pass:
         require_next_token(skeleton)
